@@ -1,0 +1,1 @@
+"""Modules with state, one file a family."""

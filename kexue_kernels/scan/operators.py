@@ -1,0 +1,245 @@
+"""The registered operators of the scan family, their gradients and batching rules.
+
+With h_t = a_t h_{t-1} + b_t and g_t the gradient of h_t (g_F that of the final state), the
+gradient of b is itself a scan, run the other way with a shifted by one step:
+
+    db_t = g_t + conj(a_{t+1}) db_{t+1},    db_L = g_L + g_F
+    da_t = db_t conj(h_{t-1}),              dh_0 = conj(a_1) db_1
+
+A launcher module `<backend>_linear_scan` offers `forward` and `backward` with the meaning of
+the two operators below; it is given non-empty plain tensors: `a` [1 or B, 1 or L, 1 or D],
+states contiguous in the state's dtype, cu_seqlens int64 and contiguous.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kexue_kernels import _extension, backends, registry
+from kexue_kernels.checks import DOUBLE, cu_seqlens_values, state_dtype
+from kexue_kernels.scan.shift import previous, previous_adjoint
+
+
+def _launcher(op: str, backend: str, b: Tensor) -> ModuleType:
+    def reasons() -> list[str]:
+        wide = b.dtype in DOUBLE
+        return [f"{b.dtype} is served by the reference alone"] if wide else []
+
+    each = dict.fromkeys(("cpu", "triton", "cuda"), reasons)
+    name = backends.choose(op, backend, b.device, each)
+    if name == "reference" or (name == "cpu" and _extension.load().module is None):
+        name = "blocked"
+    return importlib.import_module(f"kexue_kernels.scan.{name}_{op}")
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Without lazy conjugation or negation, which a pointer does not show."""
+    return x.resolve_conj().resolve_neg()
+
+
+def _three(a: Tensor) -> Tensor:
+    """A view with leading ones: [1 or B, 1 or L, 1 or D]."""
+    return a[(None,) * (3 - a.ndim)] if a.ndim < 3 else a
+
+
+def _state(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else _plain(x.to(state_dtype(dtype))).contiguous()
+
+
+def _bounds(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+    """cu_seqlens as int64, its values checked where reading them costs no synchronisation."""
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.device.type == "cpu":
+        cu_seqlens_values(cu_seqlens, length)
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def _sequences(b: Tensor, cu_seqlens: Tensor | None) -> int:
+    return b.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _forward_fake(
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    return_final_state: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows = _sequences(b, cu_seqlens) if return_final_state else 0
+    return b.new_empty(b.shape), b.new_empty((rows, b.shape[2]), dtype=state_dtype(b.dtype))
+
+
+def _backward_fake(
+    a: Tensor,
+    h: Tensor | None,
+    initial_state: Tensor | None,
+    grad_h: Tensor,
+    grad_final: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, D = grad_h.shape
+    rows = 0 if initial_state is None else _sequences(grad_h, cu_seqlens)
+    grad_a = a.new_empty((0,) if h is None else a.shape)
+    grad_initial = grad_h.new_empty((rows, D), dtype=state_dtype(grad_h.dtype))
+    return grad_a, grad_h.new_empty(grad_h.shape), grad_initial
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, initial_state, cu_seqlens, reverse, return_final_state, backend = inputs
+    ctx.set_materialize_grads(False)
+    h = output[0] if ctx.needs_input_grad[0] else None
+    ctx.save_for_backward(a, h, initial_state, cu_seqlens)
+    ctx.b_shape, ctx.b_dtype, ctx.b_device = b.shape, b.dtype, b.device
+    ctx.reverse, ctx.return_final_state, ctx.backend = reverse, return_final_state, backend
+
+
+def _grad_forward(ctx: Any, grad_h: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
+    a, h, initial_state, cu_seqlens = ctx.saved_tensors
+    if not ctx.return_final_state:
+        grad_final = None
+    if grad_h is None and grad_final is None:
+        return (None,) * 7
+    if grad_h is None:
+        grad_h = torch.zeros((), dtype=ctx.b_dtype, device=ctx.b_device).expand(ctx.b_shape)
+    grad_a, grad_b, grad_initial = linear_scan_backward(
+        a, h, initial_state, grad_h, grad_final, cu_seqlens, ctx.reverse, ctx.backend
+    )
+    needs_a, needs_b, needs_initial, *_ = ctx.needs_input_grad
+    return (
+        grad_a if needs_a else None,
+        grad_b if needs_b else None,
+        grad_initial.to(initial_state.dtype) if needs_initial else None,
+        *(None,) * 4,
+    )
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    a, h, initial_state, grad_h, grad_final, cu_seqlens, reverse, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, h, initial_state, output[1], cu_seqlens)
+    ctx.reverse, ctx.backend = reverse, backend
+
+
+def _grad_backward(
+    ctx: Any, v: Tensor | None, u: Tensor | None, w: Tensor | None
+) -> tuple[Any, ...]:
+    """The second derivative: a scan in the forward direction, so differentiable again.
+
+    With v, u, w the gradients of da, db, dh_0:
+
+        mu_t = a_t mu_{t-1} + u_t + v_t h_{t-1},  mu_0 = w
+        dg_t = mu_t,  dg_F = mu_L,  da_t = conj(mu_{t-1}) db_t,  dh_{t-1} = conj(v_t) db_t
+    """
+    a, h, initial_state, grad_b, cu_seqlens = ctx.saved_tensors
+    needs_a, needs_h, needs_initial, needs_grad_h, needs_grad_final, *_ = ctx.needs_input_grad
+    v = None if h is None else v
+    w = None if initial_state is None else w
+    if u is None and v is None and w is None:
+        return (None,) * 8
+    source = torch.zeros_like(grad_b) if u is None else u
+    if v is not None:
+        source = source + v * previous(h, initial_state, cu_seqlens, ctx.reverse)
+    mu, mu_final = linear_scan(a, source, w, cu_seqlens, ctx.reverse, True, ctx.backend)
+    grad_a = grad_h = grad_initial = None
+    if needs_a:
+        grad_a = previous(mu, w, cu_seqlens, ctx.reverse).conj() * grad_b
+        grad_a = grad_a.sum_to_size(a.shape)
+    if v is not None and (needs_h or needs_initial):
+        grad_h, grad_initial = previous_adjoint(v.conj() * grad_b, cu_seqlens, ctx.reverse)
+        grad_h = grad_h if needs_h else None
+        grad_initial = grad_initial.to(initial_state.dtype) if needs_initial else None
+    return (
+        grad_a,
+        grad_h,
+        grad_initial,
+        mu if needs_grad_h else None,
+        mu_final if needs_grad_final else None,
+        *(None,) * 3,
+    )
+
+
+@registry.operator(
+    "linear_scan(Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, "
+    "bool return_final_state, str backend) -> (Tensor h, Tensor final_state)",
+    fake=_forward_fake,
+    setup_context=_setup_forward,
+    backward=_grad_forward,
+)
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    return_final_state: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """h [B, L, D] and the final state, which has no rows unless asked for."""
+    a, b = _three(_plain(a)), _plain(b)
+    initial_state = _state(initial_state, b.dtype)
+    cu_seqlens = _bounds(cu_seqlens, b.shape[1])
+    launcher = _launcher("linear_scan", backend, b)
+    if b.numel() == 0:
+        h, final_state = _forward_fake(
+            a, b, initial_state, cu_seqlens, reverse, return_final_state, backend
+        )
+        passed = torch.zeros_like(final_state) if initial_state is None else initial_state.clone()
+        return h, passed if return_final_state else final_state
+    return launcher.forward(a, b, initial_state, cu_seqlens, reverse, return_final_state)
+
+
+@registry.operator(
+    "linear_scan_backward(Tensor a, Tensor? h, Tensor? initial_state, Tensor grad_h, "
+    "Tensor? grad_final, Tensor? cu_seqlens, bool reverse, str backend) "
+    "-> (Tensor grad_a, Tensor grad_b, Tensor grad_initial)",
+    fake=_backward_fake,
+    setup_context=_setup_backward,
+    backward=_grad_backward,
+)
+def linear_scan_backward(
+    a: Tensor,
+    h: Tensor | None,
+    initial_state: Tensor | None,
+    grad_h: Tensor,
+    grad_final: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in `a`'s shape (empty without `h`), in b's, and in the state's dtype (no rows
+    without an initial state). `reverse` is the forward's."""
+    shape = a.shape
+    a, grad_h = _three(_plain(a)), _plain(grad_h)
+    h = None if h is None else _plain(h)
+    initial_state = _state(initial_state, grad_h.dtype)
+    grad_final = _state(grad_final, grad_h.dtype)
+    cu_seqlens = _bounds(cu_seqlens, grad_h.shape[1])
+    launcher = _launcher("linear_scan", backend, grad_h)
+    if grad_h.numel() == 0:
+        grad_initial = _empty_grad_initial(initial_state, grad_h, grad_final)
+        return a.new_zeros(0 if h is None else shape), torch.empty_like(grad_h), grad_initial
+    grad_a, grad_b, grad_initial = launcher.backward(
+        a, h, initial_state, grad_h, grad_final, cu_seqlens, reverse
+    )
+    if grad_a is None:
+        grad_a = a.new_empty(0)
+    else:  # [B, L, D], or partial sums [B, any, D] where a is time-invariant
+        grad_a = grad_a.sum_to_size(a.shape).to(a.dtype).view(shape)
+    return grad_a, grad_b, grad_initial
+
+
+def _empty_grad_initial(
+    initial_state: Tensor | None, grad_h: Tensor, grad_final: Tensor | None
+) -> Tensor:
+    """No step was taken: the initial state went straight to the final one."""
+    if initial_state is None:
+        return grad_h.new_empty((0, grad_h.shape[2]), dtype=state_dtype(grad_h.dtype))
+    return torch.zeros_like(initial_state) if grad_final is None else grad_final.clone()
