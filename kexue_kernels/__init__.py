@@ -2,7 +2,7 @@
 
 from kexue_kernels import nn, reference
 from kexue_kernels._version import __version__
-from kexue_kernels.backends import BackendUnavailableError, backends, use_backend
+from kexue_kernels.dispatch import BackendUnavailableError, backends, use_backend
 from kexue_kernels.scan import linear_scan
 
 __all__ = [

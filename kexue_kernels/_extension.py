@@ -1,6 +1,7 @@
 """Lazy loader of the compiled module `kexue_kernels._C` (see csrc/bindings.cpp)."""
 
 import functools
+import importlib
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ class Extension(NamedTuple):
 def load() -> Extension:
     """Import the compiled module once; a missing or stale one gives a reason, never an error."""
     try:
-        from kexue_kernels import _C
+        _C = importlib.import_module("kexue_kernels._C")
     except ImportError as error:
         return Extension(None, f"the C++ extension does not load ({error})", False)
     found = getattr(_C, "interface", None)

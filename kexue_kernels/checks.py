@@ -1,6 +1,7 @@
-"""Argument checks shared by every op: each error names the argument, what was expected, what came."""
+"""Argument checks for every op: an error names the argument, what was expected, what came."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def broadcasts(name: str, value: Tensor, to: Tensor, owner: str) -> None:
 
 
 def cu_seqlens(value: object, data: Tensor, owner: str) -> None:
-    """Kind, shape and device of a packed batch's boundaries; `cu_seqlens_values` checks the rest."""
+    """Kind, shape and device of packed boundaries; `cu_seqlens_values` checks the rest."""
     tensor("cu_seqlens", value)
     assert isinstance(value, Tensor)
     dtype("cu_seqlens", value, INDEX)
@@ -85,14 +86,16 @@ def cu_seqlens_values(value: Tensor, length: int) -> list[int]:
     bounds: list[int] = value.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens: expected the first value to be 0, got {bounds[0]}")
-    for position, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for position, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
             raise ValueError(
                 f"cu_seqlens: expected values that never descend, "
                 f"got {start} then {end} at position {position + 1}"
             )
     if bounds[-1] != length:
-        raise ValueError(f"cu_seqlens: expected the last value to be L = {length}, got {bounds[-1]}")
+        raise ValueError(
+            f"cu_seqlens: expected the last value to be L = {length}, got {bounds[-1]}"
+        )
     return bounds
 
 

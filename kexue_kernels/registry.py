@@ -1,7 +1,7 @@
 """One helper that registers an operator with torch.library: schema, kernel, fake, gradient, vmap.
 
 Registered this way an operator is opaque to torch.compile and costs a few microseconds a
-call; `call` keeps it that cheap when nothing has to be recorded for autograd.
+call; `Operator` keeps it that cheap when nothing has to be recorded for autograd.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ def operator(
     backward: Function | None = None,
     setup_context: Function | None = None,
     vmap: Function | None = None,
-) -> Callable[[Function], Function]:
+) -> Callable[[Function], "Operator"]:
     """Decorate the implementation of `schema` ("name(Tensor x, ...) -> ..."), for all devices.
 
     `fake` allocates the outputs as the implementation does, without computing them; the
-    others are torch.library's. The decorated function becomes `call` of the new operator.
+    others are torch.library's. The decorated function becomes the new `Operator`.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
 
-    def decorate(implementation: Function) -> Function:
+    def decorate(implementation: Function) -> Operator:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
@@ -44,29 +44,34 @@ def operator(
             torch.library.register_vmap(qualified, vmap, lib=_library)
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-        transformed = _transformable(overload, setup_context, backward)
-
-        def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return overload(*args)
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                return transformed(*args)
-            if _may_be_recorded(args):
-                return overload(*args)
-            with torch._C._AutoDispatchBelowAutograd():  # spares 14 us of Python autograd
-                return overload(*args)
-
-        call.__name__ = name
-        return call
+        return Operator(overload, _transformable(overload, setup_context, backward))
 
     return decorate
 
 
-def _may_be_recorded(args: tuple[Any, ...]) -> bool:
-    """Whether autograd or forward-mode AD may watch this call."""
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+class Operator:
+    """Calls a registered operator by the shortest way that autograd and torch.func allow."""
+
+    def __init__(self, overload: Function, transformed: Function) -> None:
+        self.overload = overload  # what a batching rule calls: torch.func has taken its turn
+        self.transformed = transformed
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if _is_transformed():
+            return self.transformed(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # spares 14 us of Python autograd
+            return self.overload(*args)
+
+
+def _is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
+    if forward_ad._current_level >= 0:
         return True
-    return forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _transformable(
@@ -76,10 +81,10 @@ def _transformable(
     if setup is None or backward_formula is None:
         return overload
 
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
-        forward = staticmethod(overload)
-        setup_context = staticmethod(setup)
-        backward = staticmethod(backward_formula)
-
-    return Transformed.apply
+    members = {
+        "generate_vmap_rule": True,
+        "forward": staticmethod(overload),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward_formula),
+    }
+    return getattr(type("Transformed", (torch.autograd.Function,), members), "apply")  # noqa: B009

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kexue_kernels import backends, checks
+from kexue_kernels import checks, dispatch
 from kexue_kernels.scan import operators, reference
 
 __all__ = ["linear_scan"]
@@ -59,7 +59,7 @@ def linear_scan(
         common = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(common), b.to(common)
     _check_linear_scan(a, b, initial_state, reverse, cu_seqlens, return_final_state)
-    backend = backends.resolve(backend)
+    backend = dispatch.resolve(backend)
     if _served_by_reference(b, backend):
         return reference.linear_scan(
             a,
@@ -79,7 +79,7 @@ def _served_by_reference(b: Tensor, backend: str) -> bool:
     """Doubles go to the reference, which autograd follows at every order."""
     if backend == "auto" and b.dtype in checks.DOUBLE:
         if not torch.compiler.is_compiling():
-            backends.note_once(f"linear_scan: {b.dtype} is served by the reference alone")
+            dispatch.note_once(f"linear_scan: {b.dtype} is served by the reference alone")
         return True
     return backend == "reference"
 

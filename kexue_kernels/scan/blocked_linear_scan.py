@@ -5,6 +5,7 @@ the state passing through it, then, with the states known, once more to write h.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ def forward(
         initial_state = b.new_zeros(rows, D, dtype=state_dtype(b.dtype))
     final_state = initial_state.clone()
     a = a.expand(b.shape)
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         own = slice(None) if cu_seqlens is None else slice(n, n + 1)
-        pieces = [x[:, start:end] for x in (a, b, h)]
+        steps = slice(start, end)
         if end > start:
-            final_state[own] = _scan(*pieces, initial_state[own], reverse)
+            final_state[own] = _scan(
+                a[:, steps], b[:, steps], h[:, steps], initial_state[own], reverse
+            )
     return h, final_state if return_final_state else final_state[:0]
 
 
@@ -50,14 +53,16 @@ def backward(
     a = a.expand(grad_h.shape)
     rows = grad_h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     ones = a.new_ones(rows, a.shape[2])
-    a_next = previous(a, ones, cu_seqlens, not reverse).conj().resolve_conj()
+    # conj_physical: below torch.compile, lazy conjugation is not seen inside an operator
+    a_next = torch.conj_physical(previous(a, ones, cu_seqlens, not reverse))
     grad_b, last = forward(a_next, grad_h, grad_final, cu_seqlens, not reverse, True)
     grad_initial = last[:0]
     if initial_state is not None:
-        grad_initial = last * _first(a, cu_seqlens, reverse).conj()
+        grad_initial = last * torch.conj_physical(_first(a, cu_seqlens, reverse))
     if h is None:
         return None, grad_b, grad_initial
-    grad_a = grad_b.to(last.dtype) * previous(h, initial_state, cu_seqlens, reverse).conj()
+    h_before = previous(h, initial_state, cu_seqlens, reverse)
+    grad_a = grad_b.to(last.dtype) * torch.conj_physical(h_before)
     if time_invariant:
         grad_a = grad_a.sum(1, keepdim=True)
     return grad_a, grad_b, grad_initial
@@ -77,21 +82,25 @@ def _scan(a: Tensor, b: Tensor, h: Tensor, state: Tensor, reverse: bool) -> Tens
     L = b.shape[1]
     K = max(1, math.isqrt(L))
     whole = L - L % K
-    chunks = [x[:, :whole].unflatten(1, (-1, K)) for x in (a, b, h)]
-    tail = [x[:, whole:] for x in (a, b, h)]
-    if reverse:
-        return _scan_chunks(*chunks, _advance(*tail, state, reverse), reverse)
-    return _advance(*tail, _scan_chunks(*chunks, state, reverse), reverse)
+
+    def chunks(state: Tensor) -> Tensor:
+        a_c, b_c, h_c = (x[:, :whole].unflatten(1, (-1, K)) for x in (a, b, h))
+        return _scan_chunks(a_c, b_c, h_c, state, reverse)
+
+    def tail(state: Tensor) -> Tensor:
+        return _advance(a[:, whole:], b[:, whole:], h[:, whole:], state, reverse)
+
+    return chunks(tail(state)) if reverse else tail(chunks(state))
 
 
 def _scan_chunks(a: Tensor, b: Tensor, h: Tensor, state: Tensor, reverse: bool) -> Tensor:
     """As `_scan`, over [B, C, K, D]: C chunks of K steps."""
-    product = local = None
+    local = state.new_zeros(a.shape[0], a.shape[1], a.shape[3])
+    product = torch.ones_like(local)
     for k in _order(a.shape[2], reverse):
         a_k = a[:, :, k].to(state.dtype)
-        product = a_k if product is None else a_k * product
-        local = b[:, :, k].to(state.dtype) if local is None else a_k * local + b[:, :, k]
-    assert product is not None and local is not None
+        product = a_k * product
+        local = a_k * local + b[:, :, k]
     enters = torch.empty_like(local)
     for c in _order(a.shape[1], reverse):
         enters[:, c] = state
@@ -101,9 +110,7 @@ def _scan_chunks(a: Tensor, b: Tensor, h: Tensor, state: Tensor, reverse: bool) 
     return state
 
 
-def _advance(
-    a: Tensor, b: Tensor, h: Tensor, state: Tensor, reverse: bool, dim: int = 1
-) -> Tensor:
+def _advance(a: Tensor, b: Tensor, h: Tensor, state: Tensor, reverse: bool, dim: int = 1) -> Tensor:
     """h_t = a_t h_{t-1} + b_t along `dim`, a step at a time."""
     for t in _order(b.shape[dim], reverse):
         state = a.select(dim, t).to(state.dtype) * state + b.select(dim, t)

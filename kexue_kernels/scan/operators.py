@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kexue_kernels import _extension, backends, registry
+from kexue_kernels import _extension, dispatch, registry
 from kexue_kernels.checks import DOUBLE, cu_seqlens_values, state_dtype
+from kexue_kernels.scan.batching import fold_of, logical_shape
 from kexue_kernels.scan.shift import previous, previous_adjoint
 
 
@@ -29,7 +30,7 @@ def _launcher(op: str, backend: str, b: Tensor) -> ModuleType:
         return [f"{b.dtype} is served by the reference alone"] if wide else []
 
     each = dict.fromkeys(("cpu", "triton", "cuda"), reasons)
-    name = backends.choose(op, backend, b.device, each)
+    name = dispatch.choose(op, backend, b.device, each)
     if name == "reference" or (name == "cpu" and _extension.load().module is None):
         name = "blocked"
     return importlib.import_module(f"kexue_kernels.scan.{name}_{op}")
@@ -85,7 +86,7 @@ def _backward_fake(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, D = grad_h.shape
+    D = grad_h.shape[2]
     rows = 0 if initial_state is None else _sequences(grad_h, cu_seqlens)
     grad_a = a.new_empty((0,) if h is None else a.shape)
     grad_initial = grad_h.new_empty((rows, D), dtype=state_dtype(grad_h.dtype))
@@ -122,7 +123,7 @@ def _grad_forward(ctx: Any, grad_h: Tensor | None, grad_final: Tensor | None) ->
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, h, initial_state, grad_h, grad_final, cu_seqlens, reverse, backend = inputs
+    a, h, initial_state, _, _, cu_seqlens, reverse, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a, h, initial_state, output[1], cu_seqlens)
     ctx.reverse, ctx.backend = reverse, backend
@@ -166,12 +167,44 @@ def _grad_backward(
     )
 
 
+def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    a, b, initial_state, cu_seqlens, *options = args
+    fold = fold_of(info.batch_size, cu_seqlens, in_dims[3])
+    B, _, D = logical_shape(b, in_dims[1])
+    h, final_state = linear_scan.overload(
+        fold.decay(a, in_dims[0], B, D),
+        fold.data(b, in_dims[1]),
+        fold.data(initial_state, in_dims[2]),
+        cu_seqlens,
+        *options,
+    )
+    return (fold.undo(h), fold.undo(final_state)), (0, 0)
+
+
+def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    a, *data, cu_seqlens, reverse, backend = args
+    fold = fold_of(info.batch_size, cu_seqlens, in_dims[5])
+    B, _, D = logical_shape(data[2], in_dims[3])
+    grad_a, grad_b, grad_initial = linear_scan_backward.overload(
+        fold.decay(a, in_dims[0], B, D),
+        *(fold.data(x, dim) for x, dim in zip(data, in_dims[1:5], strict=True)),
+        cu_seqlens,
+        reverse,
+        backend,
+    )
+    grads = fold.undo(grad_b), fold.undo(grad_initial)
+    if data[0] is None:
+        return (grad_a, *grads), (None, 0, 0)
+    return (fold.undo_decay(grad_a, logical_shape(a, in_dims[0])), *grads), (0, 0, 0)
+
+
 @registry.operator(
     "linear_scan(Tensor a, Tensor b, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, "
     "bool return_final_state, str backend) -> (Tensor h, Tensor final_state)",
     fake=_forward_fake,
     setup_context=_setup_forward,
     backward=_grad_forward,
+    vmap=_forward_vmap,
 )
 def linear_scan(
     a: Tensor,
@@ -203,6 +236,7 @@ def linear_scan(
     fake=_backward_fake,
     setup_context=_setup_backward,
     backward=_grad_backward,
+    vmap=_backward_vmap,
 )
 def linear_scan_backward(
     a: Tensor,

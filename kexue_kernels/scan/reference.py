@@ -1,5 +1,7 @@
 """The scan family in plain PyTorch: the recurrences as they are written down."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def _scan(
     for t in reversed(range(L)) if reverse else range(L):
         state = a[:, t] * state + b[:, t]
         h[t] = state
-    return torch.stack(h, dim=1) if L else torch.empty_like(b), state.clone()
+    return torch.stack(h, dim=1) if L else a * b, state.clone()
 
 
 def _scan_packed(
@@ -43,7 +45,7 @@ def _scan_packed(
 ) -> tuple[Tensor, Tensor]:
     bounds = cu_seqlens_values(cu_seqlens, b.shape[1])
     hs, states = [b[:, :0]], [b.new_zeros(0, b.shape[2])]
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         first = None if initial_state is None else initial_state[n : n + 1]
         h, state = _scan(a[:, start:end], b[:, start:end], first, reverse)
         hs.append(h)
