@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kexue_kernels import _extension
+from kexue_kernels.scan import operators
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
@@ -33,10 +36,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where the extension was not built."""
-    from kexue_kernels import _extension
-
     absent = _extension.Extension(None, "removed for a test", False)
     monkeypatch.setattr(_extension, "load", lambda: absent)
+    operators.launcher.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices() -> Iterator[None]:
+    """Each test chooses its backends anew: tests take backends away."""
+    yield
+    operators.launcher.cache_clear()
 
 
 @pytest.fixture(autouse=True)

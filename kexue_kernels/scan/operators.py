@@ -11,6 +11,7 @@ the two operators below; it is given non-empty plain tensors: `a` [1 or B, 1 or 
 states contiguous in the state's dtype, cu_seqlens int64 and contiguous.
 """
 
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -25,12 +26,19 @@ from kexue_kernels.scan.shift import previous, previous_adjoint
 
 
 def _launcher(op: str, backend: str, b: Tensor) -> ModuleType:
+    return launcher(op, dispatch.resolve(backend), b.device, b.dtype)
+
+
+@functools.cache  # choosing anew would cost more than a small scan
+def launcher(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that serves `op` here; "auto" is the fastest that can."""
+
     def reasons() -> list[str]:
-        wide = b.dtype in DOUBLE
-        return [f"{b.dtype} is served by the reference alone"] if wide else []
+        wide = dtype in DOUBLE
+        return [f"{dtype} is served by the reference alone"] if wide else []
 
     each = dict.fromkeys(("cpu", "triton", "cuda"), reasons)
-    name = dispatch.choose(op, backend, b.device, each)
+    name = dispatch.choose(op, backend, device, each)
     if name == "reference" or (name == "cpu" and _extension.load().module is None):
         name = "blocked"
     return importlib.import_module(f"kexue_kernels.scan.{name}_{op}")
@@ -38,12 +46,12 @@ def _launcher(op: str, backend: str, b: Tensor) -> ModuleType:
 
 def _plain(x: Tensor) -> Tensor:
     """Without lazy conjugation or negation, which a pointer does not show."""
-    return x.resolve_conj().resolve_neg()
+    return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
 
 
 def _three(a: Tensor) -> Tensor:
     """A view with leading ones: [1 or B, 1 or L, 1 or D]."""
-    return a[(None,) * (3 - a.ndim)] if a.ndim < 3 else a
+    return a if a.ndim == 3 else a.view((1,) * (3 - a.ndim) + a.shape)
 
 
 def _state(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -33,9 +33,10 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     B, L, D = b.shape
     state = b.new_zeros(B, D) if initial_state is None else initial_state.to(b.dtype)
+    a_steps, b_steps = a.unbind(1), b.unbind(1)  # [B, D] each
     h: list[Tensor] = [state] * L
     for t in reversed(range(L)) if reverse else range(L):
-        state = a[:, t] * state + b[:, t]
+        state = a_steps[t] * state + b_steps[t]
         h[t] = state
     return torch.stack(h, dim=1) if L else a * b, state.clone()
 

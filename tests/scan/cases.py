@@ -192,7 +192,7 @@ def check(case: Case, backend: str, device: str = "cpu", seed: int = 0) -> None:
 def error(x: Tensor, true: Tensor) -> float:
     """The largest deviation; NaN and infinity count as infinite."""
     distance = (x.to(true.dtype) - true).abs()
-    return distance.nan_to_num(nan=torch.inf).max().item()
+    return distance.nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
 
 
 def shorter(case: Case, L: int) -> Case:

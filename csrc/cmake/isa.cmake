@@ -1,0 +1,25 @@
+# Compiles every *_cpu.cpp once per instruction set, each in the namespace KEXUE_ISA; the choice
+# is made at run time (common/isa.h). Sets `isas`, lowest first.
+include(CheckCXXCompilerFlag)
+
+set(isas baseline)
+set(isa_flags_baseline "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+  set(isa_flags_avx2 -mavx2 -mfma -mf16c)
+  set(isa_flags_avx512 ${isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  foreach(isa avx2 avx512)
+    string(JOIN " " flags ${isa_flags_${isa}})
+    check_cxx_compiler_flag("${flags}" KEXUE_HAS_${isa})
+    if(KEXUE_HAS_${isa})
+      list(APPEND isas ${isa})
+    endif()
+  endforeach()
+endif()
+
+foreach(isa ${isas})
+  add_library(cpu_${isa} OBJECT ${cpu_sources})
+  target_link_libraries(cpu_${isa} PRIVATE kexue_options)
+  target_compile_definitions(cpu_${isa} PRIVATE KEXUE_ISA=${isa})
+  target_compile_options(cpu_${isa} PRIVATE ${isa_flags_${isa}})
+  target_link_libraries(_C PRIVATE cpu_${isa})
+endforeach()
