@@ -1,0 +1,58 @@
+"""Goals a case is held to. They are judged on the fastest of ours."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kexue_kernels.benchmarks.results import CaseResult, GoalResult, Measurement
+
+Measure = Callable[[CaseResult, Measurement], float | None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    text: str
+    measure: Measure  # from the case and the fastest of ours; None: not measured
+    bound: float
+    at_least: bool = True
+
+    def judge(self, result: CaseResult) -> GoalResult:
+        best = result.best()
+        measured = None if best is None else self.measure(result, best)
+        if best is None or measured is None:
+            return GoalResult(self.text, "not measured", None)
+        met = measured >= self.bound if self.at_least else measured <= self.bound
+        return GoalResult(self.text, "met" if met else "missed", measured, best.name)
+
+
+def faster(peer: str, times: float) -> Goal:
+    def measure(_: CaseResult, best: Measurement) -> float | None:
+        return best.speedup_over.get(peer)
+
+    text = f"ahead of {peer}" if times == 1 else f"at least {times:g}x {peer}"
+    return Goal(text, measure, times)
+
+
+def copy_share(share: float) -> Goal:
+    def measure(_: CaseResult, best: Measurement) -> float | None:
+        return best.copy_share
+
+    return Goal(f"at least {share:.0%} of copy bandwidth", measure, share)
+
+
+def microseconds(most: float) -> Goal:
+    def measure(_: CaseResult, best: Measurement) -> float | None:
+        return None if best.seconds is None else best.seconds * 1e6
+
+    return Goal(f"at most {most:g} us a call", measure, most, at_least=False)
+
+
+def scratch(tensor_bytes: int, tensors: float = 0.25) -> Goal:
+    """Memory beyond inputs, outputs and gradients, in tensors of the case's size."""
+
+    def measure(result: CaseResult, best: Measurement) -> float | None:
+        if best.peak_bytes is None:
+            return None
+        return max(0.0, (best.peak_bytes - result.result_bytes) / tensor_bytes)
+
+    text = f"beyond results at most {tensors:g} of a [B, L, D] tensor"
+    return Goal(text, measure, tensors, at_least=False)

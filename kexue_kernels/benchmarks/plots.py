@@ -1,0 +1,140 @@
+"""PNG plots of a run: one per sweep, and one of every case beside the roof."""
+
+import importlib.util
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = Mapping[str, Any]
+
+OURS = ("#c0392b", "#e67e22", "#8e44ad")
+PEERS = ("#5d6d7e", "#85929e", "#aeb6bf", "#7f8c8d", "#95a5a6", "#bdc3c7")
+MARKERS = "osD^v<>"
+
+
+def draw(record: Record, out: pathlib.Path) -> tuple[list[str], str]:
+    """File names of what was drawn into `out`, or why nothing was."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return [], "matplotlib is not installed"
+    styles = _styles(record)
+    curves = [title for title, cases in _sweeps(record).items() if len(cases) > 1]
+    drawn = [_sweep(record, title, styles, out) for title in curves]
+    if any(_timed(case) for case in record["cases"]):
+        drawn.append(_overview(record, styles, out))
+    return drawn, ""
+
+
+def _sweep(record: Record, title: str, styles: dict[str, dict[str, Any]], out: pathlib.Path) -> str:
+    cases = sorted(_sweeps(record)[title], key=lambda case: case["sweep"]["value"])
+    axis = cases[0]["sweep"]["axis"]
+    figure, axes = _figure(8, 5)
+    for name, style in styles.items():
+        points = [
+            (case["sweep"]["value"], m["gb_per_second"])
+            for case in cases
+            for m in _timed(case)
+            if m["name"] == name
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    copy = record["roof"]["copy_bytes_per_second"] / 1e9
+    axes.axhline(copy, color="black", linestyle="--", linewidth=1, label="copy bandwidth")
+    axes.set(xscale="log", yscale="log", xlabel=f"{_AXES[axis]} {axis}", ylabel="GB/s")
+    values = [case["sweep"]["value"] for case in cases]
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"{title}\n{_where(record)}", fontsize=10)
+    return _save(figure, axes, out / f"{_slug(title)}.png")
+
+
+def _overview(record: Record, styles: dict[str, dict[str, Any]], out: pathlib.Path) -> str:
+    """Share of the roof, a row per case."""
+    cases = [case for case in record["cases"] if _timed(case)][::-1]
+    figure, axes = _figure(10, 1.5 + 0.34 * len(cases))
+    for name, style in styles.items():
+        points = [
+            (100 * m["roof_share"], row)
+            for row, case in enumerate(cases)
+            for m in _timed(case)
+            if m["name"] == name
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style | {"linestyle": "none"})
+    axes.axvline(100, color="black", linestyle="--", linewidth=1)
+    axes.set(xscale="log", xlabel="share of the roof, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=8)
+    axes.set_title(_where(record), fontsize=10)
+    return _save(figure, axes, out / "overview.png")
+
+
+_AXES = {"L": "length", "D": "channels"}
+
+
+def _figure(width: float, height: float) -> tuple[Any, "Axes"]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, axes: "Axes", path: pathlib.Path) -> str:
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path.name
+
+
+def _styles(record: Record) -> dict[str, dict[str, Any]]:
+    """A contestant's look, the same in every plot; ours last, on top."""
+    found: dict[bool, list[str]] = {False: [], True: []}
+    for case in record["cases"]:
+        for m in _timed(case):
+            if m["name"] not in found[m["ours"]]:
+                found[m["ours"]].append(m["name"])
+    styles = {}
+    for ours, colours, width in ((False, PEERS, 1.2), (True, OURS, 2.4)):
+        for number, name in enumerate(found[ours]):
+            styles[name] = {
+                "color": colours[number % len(colours)],
+                "marker": MARKERS[number % len(MARKERS)],
+                "linewidth": width,
+                "markersize": 7 if ours else 5,
+                "zorder": 3 if ours else 2,
+            }
+    return styles
+
+
+def _sweeps(record: Record) -> dict[str, list[Record]]:
+    """Timed cases by sweep."""
+    found: dict[str, list[Record]] = {}
+    for case in record["cases"]:
+        if case["sweep"] is not None and _timed(case):
+            found.setdefault(case["sweep"]["title"], []).append(case)
+    return found
+
+
+def _timed(case: Record) -> list[Record]:
+    return [m for m in case["contestants"] if m["seconds"] is not None]
+
+
+def _where(record: Record) -> str:
+    machine = record["machine"]
+    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    return f"{machine['name']}{threads}, torch {record['versions']['torch']}, {record['date'][:10]}"
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

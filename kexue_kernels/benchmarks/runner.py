@@ -1,0 +1,147 @@
+"""A run: the roof, then every case in order of importance, written down as they finish."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kexue_kernels.benchmarks import machine, plots, report, roof, scan
+from kexue_kernels.benchmarks.case import Case
+from kexue_kernels.benchmarks.clock import Clock
+from kexue_kernels.benchmarks.measure import FULL, QUICK, Stage, blank, estimate, measure
+from kexue_kernels.benchmarks.results import NO_TIME, CaseResult
+
+FAMILIES: Mapping[str, Callable[[torch.device], list[Case]]] = {"scan": scan.cases}
+DEFAULT_OUT = pathlib.Path("out/bench")
+REPORT_SECONDS = 6.0  # of a time limit, kept for the table and the plots
+QUICK_SECONDS = 50.0  # of a quick run, where no limit was given
+
+
+def run(
+    family: str | None = None,
+    *,
+    quick: bool = False,
+    device: str | None = None,
+    out: pathlib.Path | None = None,
+    time_limit: float | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure a family's cases (all families' if None) and return what is in bench.json.
+
+    Args:
+        family: one of `FAMILIES`.
+        quick: only the cases marked so, timed for a shorter while.
+        device: "cpu" or "cuda"; the GPU where there is one if None.
+        out: the folder for bench.json (rewritten after every case), bench.md and plots (PNG);
+            out/bench if None.
+        time_limit: seconds (50 for a quick run if None, else none). A case that may take longer
+            than what is left is not started, and listed as not run.
+        console: where progress and the table go; standard error if None.
+
+    Raises:
+        ValueError: an unknown family or device.
+    """
+    start = time.monotonic()
+    chosen, console = _device(device), console or Console(stderr=True)
+    out = out or DEFAULT_OUT
+    if quick and time_limit is None:
+        time_limit = QUICK_SECONDS
+    cases = _cases(family, chosen, quick)
+    record = _record(family, quick, chosen)
+    clock = Clock(chosen)
+    measured = roof.measure(chosen, clock, quick)
+    record |= {"method": clock.method, "roof": dataclasses.asdict(measured)}
+    deadline = float("inf") if time_limit is None else start + time_limit - REPORT_SECONDS
+    stage = Stage(chosen, measured, clock, QUICK if quick else FULL, deadline)
+    results: list[CaseResult] = []
+
+    def save() -> None:
+        record["seconds"] = time.monotonic() - start
+        record["cases"] = [dataclasses.asdict(result) for result in results]
+        record["not_run"] = [result.name for result in results if result.status == "not run"]
+        _write(out / "bench.json", json.dumps(record, indent=1, allow_nan=False))
+
+    save()
+    _perform(cases, stage, results, save, console)
+    record["plots"], record["plots_note"] = plots.draw(record, out)
+    save()
+    _write(out / "bench.md", report.markdown(record))
+    console.print(report.table(record))
+    files = ", ".join(["bench.json", "bench.md", *record["plots"]])
+    console.print(f"written to {out}: {files}", soft_wrap=True)
+    return record
+
+
+def _perform(
+    cases: list[Case],
+    stage: Stage,
+    results: list[CaseResult],
+    save: Callable[[], None],
+    console: Console,
+) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    spent = guessed = 0.0
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+
+            def say(what: str, case: Case = case) -> None:
+                progress.update(task, description=f"{case.name}: {what}")
+
+            guess = estimate(case, stage.roof, stage.effort)
+            slower = max(1.0, spent / guessed) if guessed else 1.0  # here, than estimates so far
+            if stage.late(slower * guess):
+                result = blank(case, stage.roof, NO_TIME)
+            else:
+                result = measure(case, dataclasses.replace(stage, say=say))
+                spent, guessed = spent + result.seconds, guessed + guess
+                progress.console.print(report.line(result), soft_wrap=True)
+            results.append(result)
+            save()
+            progress.advance(task)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' was asked for, PyTorch sees no GPU")
+    return torch.device(name)
+
+
+def _cases(family: str | None, device: torch.device, quick: bool) -> list[Case]:
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    names = FAMILIES if family is None else [family]
+    cases = [case for name in names for case in FAMILIES[name](device)]
+    kept = [case for case in cases if case.quick or not quick]
+    return sorted(kept, key=lambda case: case.priority)
+
+
+def _record(family: str | None, quick: bool, device: torch.device) -> dict[str, Any]:
+    words = ["python -m kexue_kernels bench", family, "--quick" if quick else None]
+    return {
+        "schema": 1,
+        "command": " ".join(word for word in (*words, f"--device {device.type}") if word),
+        "date": machine.now(),
+        "machine": machine.device(device),
+        "versions": machine.versions(),
+        "backends": machine.backends(),
+    }
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(path.suffix + ".unfinished")
+    unfinished.write_text(text + "\n")
+    os.replace(unfinished, path)
