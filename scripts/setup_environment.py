@@ -3,7 +3,8 @@
     setup_environment.py FOLDER [EXTRA ...]
 
 The Makefile runs it before anything else, with any Python 3.11 or newer; when everything is
-current it returns at once. The extras [test] and [bench] are always in. Which PyTorch the environment gets:
+current it returns at once. The extras [test] and [bench] are always in. Which PyTorch the
+environment gets:
 
 1. Where there is an NVIDIA driver and this Python has a suitable PyTorch with CUDA: that one.
 2. Else the pinned one, by pip; without a driver its CPU build, where pip finds one.
@@ -35,6 +36,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
@@ -78,11 +80,15 @@ class Environment:
         self.record.write_text(json.dumps(self.state, indent=2) + "\n")
 
     def create(self) -> None:
+        if self.folder.exists() and not self.record.exists():
+            sys.exit(f"{self.folder} was not made by this script: move it away")
         say(f"creating {self.folder.name} with Python {sys.version.split()[0]}")
         self.state = {}
         command = [sys.executable, "-m", "venv", "--clear", str(self.folder)]
         if subprocess.run(command).returncode != 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
             sys.exit("Python's venv module does not work here (on Debian: install python3-venv)")
+        self.save(made_by=sys.version)
 
     def pip(self, *arguments: str, log: Path | None = None) -> bool:
         """Whether `pip install` with these arguments worked; its output goes to `log`, if given."""
@@ -121,6 +127,10 @@ class Environment:
 
 def say(message: str) -> None:
     print(f"set-up: {message}", flush=True)
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def fingerprint(files: Iterable[Path], *extra: str) -> str:
@@ -209,7 +219,7 @@ def prepare(environment: Environment) -> None:
     driver = has_nvidia_driver()
     provide_torch(environment, driver, online)
     install_carried_wheels(environment)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = pyproject()
     build = project["build-system"]["requires"]
     runtime = project["project"]["dependencies"]
     extras = project["project"]["optional-dependencies"]
@@ -222,14 +232,12 @@ def prepare(environment: Environment) -> None:
         sys.exit(f"without a network, these must be here and are not: {', '.join(lacking)}")
     if missing:
         say(f"not installed here, and what needs it is left out: {', '.join(missing)}")
-    environment.save(made_by=sys.version, missing=missing)
+    environment.save(missing=missing)
 
 
 def provide_extras(environment: Environment, names: list[str]) -> None:
     """Requirements of pyproject.toml's extras that are asked for by name."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    extras = pyproject()["project"]["optional-dependencies"]
     missing = environment.unmet([requirement for name in names for requirement in extras[name]])
     if missing and not environment.pip(*missing):
         sys.exit(f"could not be installed: {', '.join(missing)}")
@@ -268,7 +276,8 @@ def main() -> None:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     project = fingerprint(
         [ROOT / "setup.py", ROOT / "kexue_kernels" / "_version.py", *sources],
-        requirements,
+        repr(pyproject()["build-system"]),
+        repr(pyproject()["project"]["scripts"]),
         *variables("KEXUE_BUILD_CUDA", "KEXUE_CUDA_ARCHS", "CC", "CXX", "CFLAGS", "CXXFLAGS"),
     )
     if environment.state.get("project") != project:
