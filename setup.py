@@ -41,7 +41,9 @@ class CMakeBuild(build_ext):
     def _cmake(self, target: Path, cuda: str) -> None:
         import pybind11  # in the build's requirements
 
-        build = Path(self.build_temp).resolve() / "cmake"
+        # an editable build's temporary folder goes when pip ends; one that stays rebuilds less
+        kept = ROOT / "build" / "editable"
+        build = kept if self.editable_mode else Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         # The cache may name tools of a build environment that is gone; compiled objects stay.
         (build / "CMakeCache.txt").unlink(missing_ok=True)

@@ -31,7 +31,7 @@ PROMPT = "The with statement"
 
 
 def main(
-    seconds: Annotated[float, typer.Option(min=0, help="Time to train for.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time to train for.")] = 120.0,
     seed: Annotated[int, typer.Option(help="Of weights, batches and sample.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     backend: Annotated[str, typer.Option(help="auto, reference, cpu, triton or cuda.")] = "auto",
@@ -131,7 +131,7 @@ def train(model: CharLM, corpus: Corpus, results: Results) -> None:
 
 
 @torch.no_grad()
-def held_out_bits(model: CharLM, corpus: Corpus, length: int = 4096) -> float:
+def held_out_bits(model: CharLM, corpus: Corpus, length: int = 16384) -> float:
     """Bits per character of the whole held-out text in one go, the states carried along."""
     model.eval()
     states, total = model.initial_states(1), 0.0

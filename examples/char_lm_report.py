@@ -1,5 +1,8 @@
 """What char_lm.py prints and writes: tables, a plot, and the numbers as JSON."""
 
+from __future__ import annotations
+
+import importlib.util
 import json
 import os
 import platform
@@ -7,16 +10,18 @@ import statistics
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from char_lm_model import CharLM, Corpus
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import kexue_kernels as kk
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 console = Console()
 
@@ -88,11 +93,14 @@ def show_speeds(results: Results) -> None:
 
 
 def write(results: Results, sample: str, out: Path) -> None:
-    """char_lm.json and char_lm.png in the folder `out`."""
+    """char_lm.json and, where there is matplotlib, char_lm.png in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "char_lm.json").write_text(json.dumps(_numbers(results, sample), indent=2) + "\n")
-    plot(results).savefig(out / "char_lm.png", dpi=120)
-    console.print(f"curves and numbers: {out}/char_lm.png and .json", markup=False)
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("no plot: matplotlib is not installed")
+    else:
+        plot(results).savefig(out / "char_lm.png", dpi=120)
+    console.print(f"written to the folder {out}", markup=False)
 
 
 def _numbers(results: Results, sample: str) -> dict[str, object]:
@@ -128,6 +136,8 @@ def _numbers(results: Results, sample: str) -> dict[str, object]:
 
 def plot(results: Results) -> Figure:
     """Three panels: training loss, held-out bits, tokens per second."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 4), layout="constrained")
     losses, held_out, speed = figure.subplots(1, 3)
     _curve(losses, results.train, "training loss")

@@ -133,8 +133,17 @@ using Words = Vector<uint32_t, N>;
 template <int N>
 using Shorts = Vector<uint16_t, N>;
 
+// Intrinsics where gcc would take four instructions for one.
 template <int N>
 KEXUE_INLINE Words<N> widen(Shorts<N> x) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    return bits_as<Words<N>>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(x)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return bits_as<Words<N>>(_mm256_cvtepu16_epi32(bits_as<__m128i>(x)));
+#endif
   if constexpr (N == 1) {
     return x;
   } else {
@@ -143,6 +152,11 @@ KEXUE_INLINE Words<N> widen(Shorts<N> x) {
 }
 template <int N>
 KEXUE_INLINE Shorts<N> narrow(Words<N> x) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    return bits_as<Shorts<N>>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(x)));
+  }
+#endif
   if constexpr (N == 1) {
     return static_cast<uint16_t>(x);
   } else {

@@ -7,9 +7,9 @@
 namespace kexue::KEXUE_ISA {
 namespace {
 
-constexpr int64_t kPanel = 1024;           // channels whose states stay in the cache
-constexpr int64_t kCopied = 64;            // and where inputs have to be gathered
-constexpr int64_t kStripBytes = 8 * 1024;  // of one array
+constexpr int64_t kPanel = 4096;      // channels whose states stay in the cache
+constexpr int64_t kCopied = 64;       // and where inputs have to be gathered
+constexpr int64_t kStripBytes = 512;  // of one array: more hits one set of the cache too often
 
 constexpr int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 constexpr int64_t max(int64_t x, int64_t y) { return x < y ? y : x; }
@@ -62,13 +62,17 @@ struct Input {
 
 // Calls body(slot, channel, row, end) for strips of rows and, in them, blocks of N channels. The
 // last block overlaps the one before rather than be narrower, so what a block carries from strip
-// to strip has a slot of its own.
+// to strip has a slot of its own. Walks towards lower addresses take their blocks that way too:
+// memory is then read in one sweep, as prefetchers like it.
 template <int N, class Item, class Body>
-KEXUE_INLINE void for_blocks(int64_t rows, int64_t channels, Body body) {
-  const int64_t strip = max(4, kStripBytes / (channels * int64_t(sizeof(Item))));
+KEXUE_INLINE void for_blocks(int64_t rows, int64_t channels, bool descending, Body body) {
+  const int64_t strip = max(1, kStripBytes / (channels * int64_t(sizeof(Item))));
+  const int64_t blocks = (channels + N - 1) / N;
+  const int64_t first = descending ? (blocks - 1) * N : 0, next = descending ? -N : N;
   for (int64_t row = 0; row < rows; row += strip) {
     const int64_t end = min(rows, row + strip);
-    for (int64_t slot = 0; slot < channels; slot += N) {
+    int64_t slot = first;
+    for (int64_t i = 0; i < blocks; ++i, slot += next) {
       body(slot, min(slot, channels - N), row, end);
     }
   }
@@ -103,14 +107,15 @@ struct Carried {
 template <int N, class Item>
 void forward_tile(Tile<const Item> a, Tile<const Item> b, Tile<Item> h, int64_t rows,
                   int64_t channels, State<Item>* states, bool stream) {
-  for_blocks<N, Item>(rows, channels, [&](int64_t slot, int64_t c, int64_t row, int64_t end) {
+  const auto body = [&](int64_t slot, int64_t c, int64_t row, int64_t end) {
     auto state = load<N>(states + slot);
     for (int64_t r = row; r < end; ++r) {
       state = step(load<N>(a.at(r, c)), state, load<N>(b.at(r, c)));
       store<N>(h.at(r, c), state, stream);
     }
     store<N>(states + slot, state);
-  });
+  };
+  for_blocks<N, Item>(rows, channels, h.step < 0, body);
 }
 
 template <int N, class Item>
@@ -132,7 +137,7 @@ void forward_panel(const ForwardWalk& walk, int64_t channel, int64_t channels) {
 template <int N, class Item>
 void summary_tile(Tile<const Item> a, Tile<const Item> x, bool backward, int64_t rows,
                   int64_t channels, State<Item>* products, State<Item>* locals) {
-  for_blocks<N, Item>(rows, channels, [&](int64_t slot, int64_t c, int64_t row, int64_t end) {
+  const auto body = [&](int64_t slot, int64_t c, int64_t row, int64_t end) {
     auto product = load<N>(products + slot), local = load<N>(locals + slot);
     for (int64_t r = row; r < end; ++r) {
       auto decay = load<N>(a.at(r, c));
@@ -147,7 +152,8 @@ void summary_tile(Tile<const Item> a, Tile<const Item> x, bool backward, int64_t
     }
     store<N>(products + slot, product);
     store<N>(locals + slot, local);
-  });
+  };
+  for_blocks<N, Item>(rows, channels, x.step < 0, body);
 }
 
 template <int N, class Item>
@@ -192,8 +198,9 @@ template <int N, GradA kind, class Item, class Before>
 void backward_tile(Tile<const Item> a, Tile<const Item> grad_h, Tile<const Before> before,
                    Gradients<Item, kind> grad, int64_t rows, int64_t channels,
                    State<Item>* states, State<Item>* sums) {
-  for_blocks<N, Item>(rows, channels, [&](int64_t slot, int64_t c, int64_t row, int64_t end) {
-    auto state = load<N>(states + slot), sum = load<N>(sums + slot);
+  const auto body = [&](int64_t slot, int64_t c, int64_t row, int64_t end) {
+    auto state = load<N>(states + slot);
+    decltype(state) sum{};
     for (int64_t r = row; r < end; ++r) {
       const auto grad_b = add(load<N>(grad_h.at(r, c)), state);
       store<N>(grad.b.at(r, c), grad_b, grad.stream);
@@ -208,19 +215,20 @@ void backward_tile(Tile<const Item> a, Tile<const Item> grad_h, Tile<const Befor
       }
     }
     store<N>(states + slot, state);
-    store<N>(sums + slot, sum);
-  });
+    if constexpr (kind == GradA::sums) store<N>(sums + slot, add(sum, load<N>(sums + slot)));
+  };
+  for_blocks<N, Item>(rows, channels, grad.b.step < 0, body);
 }
 
 template <class S>
-constexpr S kZeros[kPanel] = {};
+S zeros[kPanel];  // never written: a constant would take its room in the file
 
 template <int N, GradA kind, class Item>
 void backward_panel(const BackwardWalk& walk, int64_t channel, int64_t channels) {
   using S = State<Item>;
   Carried<N, S> state, sums;
   Input<Item> a(walk.a), grad_h(walk.grad_h), h(walk.h);
-  const S* initial = walk.initial ? static_cast<const S*>(walk.initial) + channel : kZeros<S>;
+  const S* initial = walk.initial ? static_cast<const S*>(walk.initial) + channel : zeros<S>;
   state.enter(walk.enter, channel, channels);
   for (int64_t row = 0; row < walk.steps; row += kTileSteps) {
     const int64_t rows = min(kTileSteps, walk.steps - row);
@@ -231,7 +239,7 @@ void backward_panel(const BackwardWalk& walk, int64_t channel, int64_t channels)
     const auto grad_h_rows = grad_h.tile(row, rows, channel, channels);
     Gradients<Item, kind> grad{tile_of<Item>(walk.grad_b, row, channel), {}, walk.stream};
     Tile<const Item> before{};
-    sums.fill(S{}, channels);
+    if constexpr (kind == GradA::sums) sums.fill(S{}, channels);
     if constexpr (kind != GradA::none) {
       if (kind != GradA::sums) grad.a = tile_of<typename OutOf<Item, kind>::type>(walk.grad_a, row, channel);
       before = h.tile(row, most, channel, channels);

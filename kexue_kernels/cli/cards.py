@@ -47,7 +47,7 @@ def _resources(card: Card) -> Iterator[tuple[str, str]]:
     yield "kernel", escape(card.kernel)
     yield "launch", ", ".join(_launch(card))
     yield "registers", f"{card.registers} a thread"
-    yield "spills", f"{card.spills} instructions, {card.stack} bytes of stack a thread"
+    yield "spills", ", ".join(_spills(card))
     if card.shared is not None and card.shared_limit is not None:
         share = card.shared / card.shared_limit
         limit = f"{card.shared_limit / 1024:.0f} KiB"
@@ -63,6 +63,13 @@ def _launch(card: Card) -> Iterator[str]:
         yield f"{card.num_warps} warps"
     if card.num_stages is not None:
         yield f"{card.num_stages} stages"
+
+
+def _spills(card: Card) -> Iterator[str]:
+    yield f"{card.spills} to memory"
+    yield f"{card.stack} bytes of stack a thread"
+    if card.scalar_spills:
+        yield f"{card.scalar_spills} scalar registers in vector lanes"
 
 
 def _occupancy(held: Occupancy | None) -> str:

@@ -33,7 +33,8 @@ class Card:
     num_warps: int | None = None
     num_stages: int | None = None
     registers: int | None = None
-    spills: int | None = None  # instructions that spill or reload
+    spills: int | None = None  # instructions that spill or reload; AMD: vector registers spilled
+    scalar_spills: int = 0  # AMD: scalar registers kept in lanes of vector ones, not in memory
     stack: int | None = None  # bytes per thread
     shared: int | None = None  # bytes per block, what a launch adds left out
     shared_limit: int | None = None

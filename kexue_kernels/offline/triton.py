@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kexue_kernels.offline import card, gcn, sass, tools
 from kexue_kernels.offline.archs import ARCHS, Arch
@@ -50,22 +50,23 @@ def cards(family: str, module: str, index: int, arch: str) -> list[Card]:
 def _compiled(case: TritonCase, arch: Arch) -> dict[str, Any]:
     kernel = _compile(case, arch)
     read = _read_amd if arch.name.startswith("gfx") else _read_nvidia
-    code, registers, stack, spills, static = read(kernel)
-    shared = max(kernel.metadata.shared, static)
+    needs = read(kernel)
+    shared = kernel.metadata.shared
     threads = case.num_warps * arch.warp_size
-    held = occupancy(arch, threads, registers, shared)
-    loop = hottest_loop(code, arch)
+    held = occupancy(arch, threads, needs.registers, shared)
+    loop = hottest_loop(needs.code, arch)
     return {
         "threads": threads,
-        "registers": registers,
-        "spills": spills,
-        "stack": stack,
+        "registers": needs.registers,
+        "spills": needs.spills,
+        "scalar_spills": needs.scalar_spills,
+        "stack": needs.stack,
         "shared": shared,
         "shared_limit": arch.shared_per_block,
         "occupancy": held,
         "loop": loop,
         "roofline": card.roofline(arch, case.bytes_per_element, case.flops_per_element, loop),
-        "problems": card.problems(spills, stack, shared, arch.shared_per_block, held),
+        "problems": card.problems(needs.spills, needs.stack, shared, arch.shared_per_block, held),
     }
 
 
@@ -88,10 +89,15 @@ def _compile(case: TritonCase, arch: Arch) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-Reading = tuple[list[Instruction], int, int, int, int]  # code, registers, stack, spills, shared
+class _Needs(NamedTuple):
+    code: list[Instruction]
+    registers: int
+    stack: int
+    spills: int
+    scalar_spills: int = 0
 
 
-def _read_nvidia(kernel: Any) -> Reading:
+def _read_nvidia(kernel: Any) -> _Needs:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -99,16 +105,16 @@ def _read_nvidia(kernel: Any) -> Reading:
         code = sass.functions(tools.run("nvdisasm", "-c", cubin))[name]
         usage = sass.usages(tools.run("cuobjdump", "-res-usage", cubin))[name]
     spills = sum(instruction.kind == "local" for instruction in code)
-    return code, usage.registers, usage.stack + usage.local, spills, usage.shared
+    return _Needs(code, usage.registers, usage.stack + usage.local, spills)
 
 
-def _read_amd(kernel: Any) -> Reading:
+def _read_amd(kernel: Any) -> _Needs:
     text = kernel.asm["amdgcn"]
     numbers = gcn.metadata(text)
-    return (
+    return _Needs(
         gcn.instructions(text),
         numbers["vgpr_count"],
         numbers["private_segment_fixed_size"],
-        numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
-        numbers["group_segment_fixed_size"],
+        numbers["vgpr_spill_count"],
+        numbers["sgpr_spill_count"],
     )

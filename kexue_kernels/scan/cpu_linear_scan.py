@@ -25,11 +25,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     B, L, D = shape = b.shape
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    h = torch.empty(shape, dtype=b.dtype)
-    final_shape = (rows if return_final_state else 0, D)
-    final_state = torch.empty(final_shape, dtype=state_dtype(b.dtype))
+    dtype = b.dtype
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)  # quicker than torch.empty
+    final_state = torch.empty(rows if return_final_state else 0, D, dtype=state_dtype(dtype))
     _C.linear_scan_forward(
-        _CODES[b.dtype],
+        _CODES[dtype],
         torch.get_num_threads(),
         B,
         L,
@@ -61,9 +61,8 @@ def backward(
     B, L, D = shape = grad_h.shape
     dtype = grad_h.dtype
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    grad_b = torch.empty(shape, dtype=dtype)
-    initial_shape = (0 if initial_state is None else rows, D)
-    grad_initial = torch.empty(initial_shape, dtype=state_dtype(dtype))
+    grad_b = torch.empty_like(grad_h, memory_format=torch.contiguous_format)
+    grad_initial = torch.empty(0 if initial_state is None else rows, D, dtype=state_dtype(dtype))
     kind, grad_a = _grad_a(a, h, grad_h, rows if cu_seqlens is not None else 1)
     _C.linear_scan_backward(
         _CODES[dtype],

@@ -56,6 +56,14 @@ def test_right_kernels_pass() -> None:
     assert report["seconds"] < 60
 
 
+def test_triton_passes() -> None:
+    """In the interpreter (see conftest.py), without the long cases, which it says."""
+    status, report = checked("--backend", "triton")
+    assert (status, report["ok"]) == (0, True)
+    assert len(report["results"]) == sum(case.interpreted for case in cases("scan")) > 10
+    assert [(each["backend"], each["cases"]) for each in report["skipped"]] == [("triton", "long")]
+
+
 def test_blocked_pytorch_passes(without_extension: None) -> None:
     status, report = checked("scan", "--backend", "cpu")
     assert (status, report["ok"]) == (0, True)

@@ -16,7 +16,8 @@ class Case:
 
     `make` gives seeded inputs by name, on CPU. `call` runs the op on them (on any device, in
     any dtype) with a backend; what it returns is compared, and so are the gradients of its
-    floating outputs in those of its inputs that `differentiable` names.
+    floating outputs in those of its inputs that `differentiable` names. `interpreted` is False
+    where Triton's interpreter, at about a millisecond an element, would take too long.
     """
 
     op: str
@@ -24,6 +25,7 @@ class Case:
     make: Callable[[], dict[str, Tensor]]
     call: Callable[[Tensors, str], dict[str, Tensor]]
     differentiable: tuple[str, ...] = ()
+    interpreted: bool = True
 
 
 def cases(family: str) -> list[Case]:

@@ -15,8 +15,8 @@ class LinearScan:
     """One configuration; `a` is full, or one decay per channel for all steps ("channel")."""
 
     B: int = 2
-    L: int = 97
-    D: int = 40
+    L: int = 50
+    D: int = 11
     dtype: torch.dtype = torch.float32
     a: str = "full"
     reverse: bool = False
@@ -58,9 +58,9 @@ class LinearScan:
         )
         return {"h": h, "final_state": final_state}
 
-    def case(self) -> Case:
+    def case(self, interpreted: bool = True) -> Case:
         floating = ("a", "b", "initial_state") if self.initial else ("a", "b")
-        return Case("linear_scan", self.name, self.make, self.call, floating)
+        return Case("linear_scan", self.name, self.make, self.call, floating, interpreted)
 
 
 def _spread(x: Tensor) -> Tensor:
@@ -68,23 +68,27 @@ def _spread(x: Tensor) -> Tensor:
     return torch.stack([x, x + 1], dim=-1).transpose(-2, -3).contiguous().transpose(-2, -3)[..., 0]
 
 
-CASES = [
-    config.case()
-    for config in (
-        LinearScan(),
-        LinearScan(reverse=True, B=3, L=33, D=67),
-        LinearScan(dtype=torch.bfloat16),
-        LinearScan(dtype=torch.float16, reverse=True),
-        LinearScan(dtype=torch.complex64, D=19),
-        LinearScan(dtype=torch.complex64, D=19, reverse=True, initial=False),
-        LinearScan(a="channel", D=65),
-        LinearScan(a="channel", dtype=torch.bfloat16, reverse=True),
-        LinearScan(a="channel", dtype=torch.complex64, D=16),
-        LinearScan(B=1, L=90, D=24, lengths=(40, 0, 1, 49)),
-        LinearScan(B=1, L=90, D=24, lengths=(40, 0, 1, 49), reverse=True, dtype=torch.complex64),
-        LinearScan(strided=True),
-        LinearScan(strided=True, dtype=torch.bfloat16, reverse=True),
-        LinearScan(B=1, L=1, D=1, initial=False),
-        LinearScan(B=1, L=1500, D=8),  # long and narrow: chunks of L in parallel
-    )
-]
+SHORT = (
+    LinearScan(),
+    LinearScan(reverse=True, B=3, L=33, D=17),
+    LinearScan(dtype=torch.bfloat16),
+    LinearScan(dtype=torch.float16, reverse=True, D=16),
+    LinearScan(dtype=torch.complex64),
+    LinearScan(dtype=torch.complex64, reverse=True, initial=False),
+    LinearScan(a="channel"),
+    LinearScan(a="channel", dtype=torch.bfloat16, reverse=True),
+    LinearScan(a="channel", dtype=torch.complex64),
+    LinearScan(B=1, L=90, lengths=(40, 0, 1, 49)),
+    LinearScan(B=1, L=90, lengths=(40, 0, 1, 49), reverse=True, dtype=torch.complex64),
+    LinearScan(strided=True),
+    LinearScan(strided=True, dtype=torch.bfloat16, reverse=True),
+    LinearScan(B=1, L=1, D=1, initial=False),
+)
+LONG = (  # where L is cut into chunks that run in parallel
+    LinearScan(B=1, L=1100, D=24),
+    LinearScan(B=1, L=1100, D=24, dtype=torch.bfloat16, reverse=True),
+    LinearScan(B=1, L=1100, D=24, dtype=torch.complex64),
+    LinearScan(B=1, L=1100, D=24, a="channel"),
+    LinearScan(B=1, L=1100, D=24, lengths=(500, 0, 600), reverse=True),
+)
+CASES = [config.case() for config in SHORT] + [config.case(interpreted=False) for config in LONG]

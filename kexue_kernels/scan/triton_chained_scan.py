@@ -1,0 +1,273 @@
+"""Scans along time that many programs share: runs of steps as affine maps, and their chain.
+
+A run of steps does h -> a h + b to the state that enters it. The programs of one chain (one
+sequence, one block of channels) each own a chunk of time, publish what it does, and find the
+state that enters it in what the chunks before it published: Merrill and Garland, "Single-pass
+Parallel Prefix Scan with Decoupled Look-back" (2016), except that neither what is read nor the
+order in which it is combined depends on timing, so results are bitwise reproducible.
+
+WINDOW chunks are a group, WINDOW groups a span. Three things are published: what each chunk
+does, what each group does, and the state that enters each span. A chunk waits for the state
+that enters its span, the groups of the span before its own and the chunks of the group before
+itself, all in one read: a round trip to L2, or two for a group's last chunk, whatever the length.
+
+Each (a, b) is one int64 word per channel (two where complex) that goes once from EMPTY to its
+value, written by an atomic and polled by a volatile load, both relaxed and of the whole word.
+A word that is there is all there, and no other memory is read on its account: no fence needed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kexue_kernels.triton_common import (
+    constant,
+    from_bits,
+    inline,
+    is_zero,
+    multiply,
+    multiply_add,
+    pair,
+    select,
+    unpack,
+)
+
+EMPTY = tl.constexpr(-1)  # two NaNs
+_OTHER_NANS = tl.constexpr(0x7FC000007FC00000)
+_IDENTITY = tl.constexpr(0x3F800000)  # a = 1, b = 0
+
+
+def new_chain(
+    rows: int, sequences: int, width: int, window: int, device: torch.device
+) -> torch.Tensor:
+    """The chain of `rows` chunks in all: int64 [R, width], EMPTY. A row of its own for the
+    ticket counter, then one for each chunk, each group and each span, rounded up per sequence."""
+    groups = rows // window + sequences
+    spans = groups // window + sequences
+    return torch.full(
+        (1 + rows + groups + spans, width), EMPTY.value, dtype=torch.int64, device=device
+    )
+
+
+@inline
+def apply(a, b, state):
+    """The state after a run. A zero state leaves b alone: the run's product may have
+    overflowed, and infinity times zero is not zero."""
+    return select(is_zero(state), b, multiply_add(a, state, b))
+
+
+@inline
+def then(a1, b1, a2, b2):
+    """The run (a1, b1), then (a2, b2)."""
+    return multiply(a2, a1), apply(a2, b2, b1)
+
+
+@triton.jit
+def _then_real(a1, b1, a2, b2):
+    a, b = then((a1,), (b1,), (a2,), (b2,))
+    return a[0], b[0]
+
+
+@triton.jit
+def _then_complex(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
+    a, b = then((a1_re, a1_im), (b1_re, b1_im), (a2_re, a2_im), (b2_re, b2_im))
+    return a[0], a[1], b[0], b[1]
+
+
+# (p, q) is (a, b) without the last run: carrying it is cheaper than moving a result by a run.
+@triton.jit
+def _then_real_lagging(a1, b1, p1, q1, a2, b2, p2, q2):  # noqa: ARG001
+    a, b = then((a1,), (b1,), (a2,), (b2,))
+    p, q = then((a1,), (b1,), (p2,), (q2,))
+    return a[0], b[0], p[0], q[0]
+
+
+@triton.jit
+def _then_complex_lagging(
+    a1_re, a1_im, b1_re, b1_im, p1_re, p1_im, q1_re, q1_im,
+    a2_re, a2_im, b2_re, b2_im, p2_re, p2_im, q2_re, q2_im,
+):  # fmt: skip # noqa: ARG001
+    a1, b1 = (a1_re, a1_im), (b1_re, b1_im)
+    a, b = then(a1, b1, (a2_re, a2_im), (b2_re, b2_im))
+    p, q = then(a1, b1, (p2_re, p2_im), (q2_re, q2_im))
+    return a[0], a[1], b[0], b[1], p[0], p[1], q[0], q[1]
+
+
+@inline
+def last_run(x, RUNS: tl.constexpr):
+    """[1, D], the last row of [RUNS, D]."""
+    last = tl.arange(0, RUNS)[:, None] == RUNS - 1
+    return column_sums(select(last, x, constant(0.0, (1, 1), len(x) == 2)))
+
+
+@inline
+def column_sums(x):
+    if len(x) == 2:
+        return (tl.sum(x[0], 0, keep_dims=True), tl.sum(x[1], 0, keep_dims=True))
+    else:
+        return (tl.sum(x[0], 0, keep_dims=True),)
+
+
+@inline
+def compose_runs(a, b, RUNS: tl.constexpr):
+    """What runs [RUNS, D] do one after the other, [1, D]."""
+    if len(a) == 2:
+        found = tl.associative_scan((a[0], a[1], b[0], b[1]), 0, _then_complex)
+        return last_run((found[0], found[1]), RUNS), last_run((found[2], found[3]), RUNS)
+    else:
+        found = tl.associative_scan((a[0], b[0]), 0, _then_real)
+        return last_run((found[0],), RUNS), last_run((found[1],), RUNS)
+
+
+@inline
+def scan_runs(a, b, RUNS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """For runs [RUNS, D]: what all those before each do, [RUNS, D], and what all do, [1, D]."""
+    one = tl.full((RUNS, BLOCK_D), 1.0, tl.float32)
+    zero = tl.full((RUNS, BLOCK_D), 0.0, tl.float32)
+    if len(a) == 2:
+        runs = (a[0], a[1], b[0], b[1], one, zero, zero, zero)
+        found = tl.associative_scan(runs, 0, _then_complex_lagging)
+        a_all, b_all = last_run((found[0], found[1]), RUNS), last_run((found[2], found[3]), RUNS)
+        return (found[4], found[5]), (found[6], found[7]), a_all, b_all
+    else:
+        found = tl.associative_scan((a[0], b[0], one, zero), 0, _then_real_lagging)
+        a_all, b_all = last_run((found[0],), RUNS), last_run((found[1],), RUNS)
+        return (found[2],), (found[3],), a_all, b_all
+
+
+@inline
+def _relaid(x, BLOCK_D: tl.constexpr):
+    """x [BLOCK_D] as it is. Triton chooses the layout of all that is computed from x anew: it
+    would carry that of the published words into the tile and move the tile for it."""
+    return tl.gather(x, tl.arange(0, BLOCK_D), 0)
+
+
+@inline
+def _relaid_row(x, BLOCK_D: tl.constexpr):
+    if len(x) == 2:
+        re = _relaid(tl.reshape(x[0], (BLOCK_D,)), BLOCK_D)[None, :]
+        return (re, _relaid(tl.reshape(x[1], (BLOCK_D,)), BLOCK_D)[None, :])
+    else:
+        return (_relaid(tl.reshape(x[0], (BLOCK_D,)), BLOCK_D)[None, :],)
+
+
+@inline
+def take_ticket(chain_ptr):
+    """0, 1, 2, … in the order that programs start: whoever holds an earlier one is running or
+    done, so it can be waited for. The chain's first word counts them, from EMPTY."""
+    return tl.atomic_add(chain_ptr, 1, sem="relaxed").to(tl.int32) + 1
+
+
+@inline
+def find_sequence(cu_seqlens_ptr, sequences, row, BLOCK_L: tl.constexpr):
+    """The packed sequence that owns a row: the last whose first row is not past it."""
+    low = row * 0
+    high = low + sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        past = tl.load(cu_seqlens_ptr + middle) // BLOCK_L + middle > row
+        high = tl.where(past, middle, high)
+        low = tl.where(past, low, middle)
+    return low
+
+
+@inline
+def _word_ptrs(chain_ptr, row, columns, D, COMPLEX: tl.constexpr):
+    """Where a row's words are; if complex the real parts', D before the imaginary parts'."""
+    width = D * 2 if COMPLEX else D
+    return chain_ptr + (row + 1).to(tl.int64) * width + columns
+
+
+@inline
+def _publish(chain_ptr, row, columns, D, a, b):
+    """(a, b) [1, BLOCK_D] into a row of the chain."""
+    ptrs = _word_ptrs(chain_ptr, row, columns, D, len(a) == 2)
+    for part in tl.static_range(len(a)):
+        word = pair(a[part], b[part])
+        word = tl.where(word == EMPTY, _OTHER_NANS, word)
+        tl.atomic_xchg(ptrs + part * D, word, mask=columns < D, sem="relaxed")
+
+
+@inline
+def _poll(ptrs, mask, D, COMPLEX: tl.constexpr):
+    words = tl.load(ptrs, mask=mask, other=_IDENTITY, volatile=True)
+    if COMPLEX:
+        return (words, tl.load(ptrs + D, mask=mask, other=0, volatile=True))
+    else:
+        return (words,)
+
+
+@inline
+def _any_empty(words):
+    empty = words[0] == EMPTY
+    if len(words) == 2:
+        empty = empty | (words[1] == EMPTY)
+    return tl.max(empty.to(tl.int32)) > 0
+
+
+@inline
+def await_runs(chain_ptr, rows, wanted, columns, D, COMPLEX: tl.constexpr):
+    """(a, b) [R, BLOCK_D] from `rows` [R, 1], once all that are `wanted` are there; the
+    identity from the others."""
+    ptrs = _word_ptrs(chain_ptr, rows, columns, D, COMPLEX)
+    mask = wanted & (columns < D)
+    words = _poll(ptrs, mask, D, COMPLEX)
+    while _any_empty(words):
+        words = _poll(ptrs, mask, D, COMPLEX)
+    if COMPLEX:
+        a = (from_bits(words[0]), from_bits(words[1]))
+        return a, (from_bits(words[0] >> 32), from_bits(words[1] >> 32))
+    else:
+        return (from_bits(words[0]),), (from_bits(words[0] >> 32),)
+
+
+@inline
+def enter_chunk(
+    chain_ptr, first_row, total_rows, sequence, sequences, chunk, chunks, first_ptrs, columns, D,
+    a, b, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The state [1, BLOCK_D] that enters a chunk; tells the chunks after it what it does.
+
+    (a, b) is what the chunk does, `first_row` its sequence's first among the `total_rows` of
+    all sequences' chunks, and `first_ptrs` what enters the sequence (None: zero).
+    """
+    COMPLEX: tl.constexpr = len(a) == 2
+    a = _relaid_row(a, BLOCK_D)
+    b = _relaid_row(b, BLOCK_D)
+    group = chunk // WINDOW
+    span = group // WINDOW
+    chunk_in_group = chunk % WINDOW
+    group_in_span = group % WINDOW
+    # n consecutive rows at `row` get n // WINDOW + 1 of their own at row // WINDOW + sequence
+    group_row = first_row // WINDOW + sequence
+    span_row = group_row // WINDOW + sequence
+    group_row += total_rows
+    span_row += total_rows + total_rows // WINDOW + sequences
+
+    followed = chunk + 1 < chunks
+    last_of_group = chunk_in_group == WINDOW - 1
+    last_of_span = last_of_group & (group_in_span == WINDOW - 1)
+    if followed & (chunk_in_group != WINDOW - 1):
+        _publish(chain_ptr, first_row + chunk, columns, D, a, b)
+    if followed & last_of_group & (group_in_span != WINDOW - 1):
+        w = tl.arange(0, WINDOW)[:, None]
+        rows = first_row + group * WINDOW + w
+        a_runs, b_runs = await_runs(chain_ptr, rows, w < WINDOW - 1, columns, D, COMPLEX)
+        a_before, b_before = compose_runs(a_runs, b_runs, WINDOW)
+        a_group, b_group = then(a_before, b_before, a, b)
+        _publish(chain_ptr, group_row + group, columns, D, a_group, b_group)
+
+    w = tl.arange(0, 2 * WINDOW)[:, None]
+    rows = tl.where(w == 0, span_row + span, group_row + span * WINDOW + w - 1)
+    rows = tl.where(w < WINDOW, rows, first_row + group * WINDOW + w - WINDOW)
+    wanted = (w <= group_in_span) & ((w > 0) | (span > 0))
+    wanted = wanted | ((w >= WINDOW) & (w < WINDOW + chunk_in_group))
+    a_runs, b_runs = await_runs(chain_ptr, rows, wanted, columns, D, COMPLEX)
+    if first_ptrs is not None:
+        state = tl.load(first_ptrs, mask=(columns < D) & (span == 0), other=0)
+        b_runs = select((w == 0) & (span == 0), unpack(state, None), b_runs)
+    _, state = compose_runs(a_runs, b_runs, 2 * WINDOW)
+    if followed & last_of_span:
+        zero = constant(0.0, (1, BLOCK_D), COMPLEX)
+        _publish(chain_ptr, span_row + span + 1, columns, D, zero, apply(a, b, state))
+    return _relaid_row(state, BLOCK_D)

@@ -1,0 +1,148 @@
+"""Numbers in Triton kernels, real and complex alike, and what launchers ask of a device.
+
+A number is a tuple of float32 tensors: (x,) or (re, im). A complex64 tensor in memory is a
+tensor of int64 words (`words` views it so): the real part in the low half, as loads of whole
+complex numbers stay as wide as those of real ones.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kexue_kernels import dispatch
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """triton.jit for what kernels call. Under Triton's interpreter it stays a Python function:
+    there every call of a jitted one patches Triton's language anew, a millisecond."""
+    return function if dispatch.interpreting() else triton.jit(function)
+
+
+@inline
+def from_bits(low):
+    """float32 from the low half of int64."""
+    return low.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@inline
+def to_bits(x):
+    """int64, zero above float32's bits."""
+    return x.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@inline
+def pair(low, high):
+    """Two float32 in an int64 word."""
+    return to_bits(low) | (to_bits(high) << 32)
+
+
+@inline
+def unpack(x, HALF: tl.constexpr):
+    """A number [R, D] from what a load gave: [R, D], or [R, D / 2] words of two HALFs."""
+    if HALF is not None:
+        if HALF == tl.bfloat16:
+            low = (x << 16).to(tl.float32, bitcast=True)
+            high = (x & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = x.to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+            high = (x >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+        return (tl.reshape(tl.join(low, high), (x.shape[0], 2 * x.shape[1])),)
+    elif x.dtype == tl.int64:
+        return (from_bits(x), from_bits(x >> 32))
+    else:
+        return (x.to(tl.float32),)
+
+
+@inline
+def pack(x, dtype: tl.constexpr):
+    """What a store of `dtype` takes from a number."""
+    if len(x) == 2:
+        return pair(x[0], x[1])
+    else:
+        return x[0].to(dtype)
+
+
+@inline
+def constant(value: tl.constexpr, shape: tl.constexpr, COMPLEX: tl.constexpr):
+    """A real constant as a number."""
+    if COMPLEX:
+        return (tl.full(shape, value, tl.float32), tl.full(shape, 0.0, tl.float32))
+    else:
+        return (tl.full(shape, value, tl.float32),)
+
+
+@inline
+def select(condition, x, y):
+    if len(x) == 2:
+        return (tl.where(condition, x[0], y[0]), tl.where(condition, x[1], y[1]))
+    else:
+        return (tl.where(condition, x[0], y[0]),)
+
+
+@inline
+def is_zero(x):
+    if len(x) == 2:
+        return (x[0] == 0) & (x[1] == 0)
+    else:
+        return x[0] == 0
+
+
+@inline
+def conjugate(x):
+    if len(x) == 2:
+        return (x[0], -x[1])
+    else:
+        return x
+
+
+@inline
+def add(x, y):
+    if len(x) == 2:
+        return (x[0] + y[0], x[1] + y[1])
+    else:
+        return (x[0] + y[0],)
+
+
+@inline
+def multiply(x, y):
+    if len(x) == 2:
+        return (x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0])
+    else:
+        return (x[0] * y[0],)
+
+
+@inline
+def multiply_add(x, y, z):
+    """x y + z"""
+    if len(x) == 2:
+        re = x[0] * y[0] + z[0]
+        im = x[0] * y[1] + z[1]
+        return (re - x[1] * y[1], im + x[1] * y[0])
+    else:
+        return (x[0] * y[0] + z[0],)
+
+
+def words(x: Tensor) -> Tensor:
+    """`x`, complex64 viewed as int64."""
+    return x.view(torch.int64) if x.is_complex() else x
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """A GPU's; 4 for the CPU that stands in for one under Triton's interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launching_on(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device: make `x`'s current where it is not."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
