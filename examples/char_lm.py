@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import kexue_kernels as kk
 
 BATCH, LENGTH = 4, 256  # sequences of a training step, and their characters
-LEARNING_RATE, WARM_UP = 4e-3, 0.05  # the peak, and the share of the budget spent reaching it
+LEARNING_RATE, WARM_UP = 6e-3, 0.05  # the peak, and the share of the budget spent reaching it
 EVALUATIONS = 8  # during training
 MARGIN = 1.0  # bits per character below the unigram model: what a minute of training must reach
 PROMPT = "The with statement"
@@ -33,6 +33,7 @@ PROMPT = "The with statement"
 def main(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time to train for.")] = 120.0,
     seed: Annotated[int, typer.Option(help="Of weights, batches and sample.")] = 0,
+    characters: Annotated[int, typer.Option(min=1, help="Length of the sample.")] = 400,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/demo"),
     backend: Annotated[str, typer.Option(help="auto, reference, cpu, triton or cuda.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -50,7 +51,7 @@ def main(
         }
         show_speeds(results)
         train(model, corpus, results)
-        sample = generate(model, PROMPT, 400)
+        sample = generate(model, PROMPT, characters)
     console.print(Panel(Text(sample), title="a continuation, sampled one step at a time"))
     write(results, sample, out)
     bits, unigram = results.held_out[-1].bits, results.unigram_bits
@@ -97,7 +98,7 @@ def training_step(
     return loss.item() / math.log(2)
 
 
-def few_steps(model: CharLM, batch: Tensor, backend: str, steps: int = 3) -> Speed:
+def few_steps(model: CharLM, batch: Tensor, backend: str, steps: int = 5) -> Speed:
     """Tokens per second and losses of a copy of the model, after one step to warm up."""
     model = copy.deepcopy(model)
     optimizer = make_optimizer(model)

@@ -17,12 +17,11 @@ States = list[Tensor]  # one [B, state_dim] for each block
 class Block(nn.Module):
     """x + GLU(GELU(LRU(norm(x)))): the recurrence mixes along time, the GLU across channels."""
 
-    def __init__(self, dim: int, state_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, state_dim: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim)
         self.lru = kk.nn.LRU(dim, state_dim, r_max=0.999)
         self.gate = nn.Linear(dim, 2 * dim)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, dim] and the state before it -> [B, L, dim] and the state after it."""
@@ -35,18 +34,16 @@ class Block(nn.Module):
         return x + self._mix(y), state
 
     def _mix(self, y: Tensor) -> Tensor:
-        return self.dropout(F.glu(self.gate(F.gelu(y))))
+        return F.glu(self.gate(F.gelu(y)))
 
 
 class CharLM(nn.Module):
     """Predicts each next character from all characters before it."""
 
-    def __init__(
-        self, dim: int = 128, state_dim: int = 128, layers: int = 4, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, dim: int = 128, state_dim: int = 128, layers: int = 4) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, dim)
-        self.blocks = nn.ModuleList(Block(dim, state_dim, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, state_dim) for _ in range(layers))
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, VOCABULARY)
 

@@ -46,7 +46,7 @@ def pair(low, high):
 def unpack(x, HALF: tl.constexpr):
     """A number [R, D] from what a load gave: [R, D], or [R, D / 2] words of two HALFs."""
     if HALF is not None:
-        if HALF == tl.bfloat16:
+        if tl.bfloat16 == HALF:
             low = (x << 16).to(tl.float32, bitcast=True)
             high = (x & -65536).to(tl.float32, bitcast=True)
         else:

@@ -25,7 +25,8 @@ Chunking chunking(const Sequences& sequences, double summary_cost, int64_t threa
     return {threads, each, each, each};
   }
   const double longest = double(sequences.longest()) / sequences.steps();
-  const double other = std::max(1 / (threads + summary_cost), (1 - summary_cost * longest) / threads);
+  const double other =
+      std::max(1 / (threads + summary_cost), (1 - summary_cost * longest) / threads);
   const double first = summary_cost * std::min(other, longest);
   return {threads + 1, first, other, first + other};
 }

@@ -125,7 +125,8 @@ void forward_panel(const ForwardWalk& walk, int64_t channel, int64_t channels) {
   state.enter(walk.enter, channel, channels);
   for (int64_t row = 0; row < walk.steps; row += kTileSteps) {
     const int64_t rows = min(kTileSteps, walk.steps - row);
-    forward_tile<N, Item>(a.tile(row, rows, channel, channels), b.tile(row, rows, channel, channels),
+    forward_tile<N, Item>(a.tile(row, rows, channel, channels),
+                          b.tile(row, rows, channel, channels),
                           tile_of<Item>(walk.h, row, channel), rows, channels, state.slots,
                           walk.stream);
   }
@@ -165,8 +166,9 @@ void summary_panel(const Summary& walk, int64_t channel, int64_t channels) {
   local.fill(S{}, channels);
   for (int64_t row = 0; row < walk.steps; row += kTileSteps) {
     const int64_t rows = min(kTileSteps, walk.steps - row);
-    summary_tile<N, Item>(a.tile(row, rows, channel, channels), x.tile(row, rows, channel, channels),
-                          walk.backward, rows, channels, product.slots, local.slots);
+    summary_tile<N, Item>(a.tile(row, rows, channel, channels),
+                          x.tile(row, rows, channel, channels), walk.backward, rows, channels,
+                          product.slots, local.slots);
   }
   product.leave(walk.product, channel, channels);
   local.leave(walk.local, channel, channels);
@@ -184,9 +186,12 @@ struct OutOf<Item, GradA::state> {
 };
 
 template <class Item, GradA kind>
+using Out = typename OutOf<Item, kind>::type;
+
+template <class Item, GradA kind>
 struct Gradients {
   Tile<Item> b;
-  Tile<typename OutOf<Item, kind>::type> a;
+  Tile<Out<Item, kind>> a;
   bool stream;
 
   Gradients after(int64_t rows) const {
@@ -241,7 +246,7 @@ void backward_panel(const BackwardWalk& walk, int64_t channel, int64_t channels)
     Tile<const Item> before{};
     if constexpr (kind == GradA::sums) sums.fill(S{}, channels);
     if constexpr (kind != GradA::none) {
-      if (kind != GradA::sums) grad.a = tile_of<typename OutOf<Item, kind>::type>(walk.grad_a, row, channel);
+      if (kind != GradA::sums) grad.a = tile_of<Out<Item, kind>>(walk.grad_a, row, channel);
       before = h.tile(row, most, channel, channels);
     }
     backward_tile<N, kind, Item, Item>(a_rows, grad_h_rows, before, grad, most, channels,

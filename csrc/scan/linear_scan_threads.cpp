@@ -1,6 +1,7 @@
 #include "scan/linear_scan_threads.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "common/isa.h"
@@ -57,7 +58,8 @@ class Scan {
     pass_empty();
     const int64_t chunks = shares_.chunks(), ranges = shares_.ranges();
     if (shares_.independent) {
-      return run_jobs(chunks * ranges, [&](int64_t i) { walk_chunk(walk, i / ranges, i % ranges); });
+      return run_jobs(chunks * ranges,
+                      [&](int64_t i) { walk_chunk(walk, i / ranges, i % ranges); });
     }
     run_jobs((chunks - 1) * ranges, [&](int64_t i) {
       const int64_t chunk = i / ranges, range = i % ranges;
@@ -210,7 +212,8 @@ Rows grad_a_rows(const LinearScanBackward& call, const Layout& layout, GradA kin
   const int64_t begin = shape.cu_seqlens ? shape.cu_seqlens[piece.sequence] / kTileSteps
                                          : piece.sequence * (shape.L / kTileSteps);
   const int64_t row = begin + piece.sequence + piece.from / kTileSteps;
-  return {static_cast<char*>(call.grad_a) + (row * shape.D + piece.channel) * sum_bytes, shape.D, 1};
+  const int64_t at = row * shape.D + piece.channel;
+  return {static_cast<char*>(call.grad_a) + at * sum_bytes, shape.D, 1};
 }
 
 template <class S>

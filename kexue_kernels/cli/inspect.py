@@ -2,6 +2,7 @@
 
 import importlib.util
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -36,50 +37,51 @@ def inspect(
     """
     families = chosen_families(family)
     archs = [one_of("--arch", name, list(ARCHS)) for name in arch or DEFAULT_ARCHS]
-    console, remarks = Console(), Console(stderr=True)
+    output, remarks = Console(), Console(stderr=True)
+    cards = []
     with tempfile.TemporaryDirectory() as folder:
-        jobs, notes = _triton_jobs(families, archs, kernel)
-        extracted, note = _cuda_jobs(Path(folder), archs)
-        cards = _run([*jobs, *extracted], remarks)
-    cards = [card for card in cards if card.family in families and _matches(card, kernel)]
-    for text in filter(None, [*notes, note]):
-        remarks.print(escape(text), highlight=False)
+        jobs, notes = _jobs(Path(folder), families, archs, kernel)
+        for note in notes:
+            remarks.print(escape(note), highlight=False)
+        with _progress(output if output.is_terminal and not json else remarks) as progress:
+            for made in progress.track(pool.run(jobs), total=len(jobs)):
+                chosen = [card for card in made if _wanted(card, families, kernel)]
+                cards += chosen
+                for card in [] if json else chosen:
+                    output.print(panel(card))
     if json:
         print_json([asdict(card) for card in cards])
-    else:
-        for card in cards:
-            console.print(panel(card))
     raise typer.Exit(1 if any(card.problems for card in cards) else 0)
 
 
-def _triton_jobs(
-    families: list[str], archs: list[str], kernel: str
+def _jobs(
+    folder: Path, families: list[str], archs: list[str], kernel: str
 ) -> tuple[list[pool.Job], list[str]]:
-    if importlib.util.find_spec("triton") is None:
-        return [], ["Triton is not installed, so its kernels can't be compiled"]
-    jobs: list[pool.Job] = [
-        (triton_kernels.cards, (family, module, index, arch))
-        for family in families
-        for module in triton_kernels.modules(family)
-        for index, case in enumerate(triton_kernels.cases(module))
-        if any(kernel in word for word in (case.op, case.name, case.kernel))
-        for arch in archs
-    ]
-    return jobs, []
-
-
-def _cuda_jobs(folder: Path, archs: list[str]) -> tuple[list[pool.Job], str]:
+    """What to compile or read, and what to say of what is not there."""
     found, note = cubins.extract(folder, archs)
-    return [(cubins.cards, pair) for pair in found], note
+    notes = [note] if note else []
+    jobs: list[pool.Job] = []
+    if importlib.util.find_spec("triton") is None:
+        notes.append("Triton is not installed, so its kernels can't be compiled")
+    else:
+        jobs += _triton_jobs(families, archs, kernel)
+    return jobs + [(cubins.cards, pair) for pair in found], notes
 
 
-def _matches(card: Card, kernel: str) -> bool:
-    return any(kernel in word for word in (card.op, card.name, card.kernel))
+def _triton_jobs(families: list[str], archs: list[str], kernel: str) -> Iterator[pool.Job]:
+    for family in families:
+        for module in triton_kernels.modules(family):
+            for index, case in enumerate(triton_kernels.cases(module)):
+                if any(kernel in word for word in (case.op, case.name, case.kernel)):
+                    for arch in archs:
+                        yield triton_kernels.cards, (family, module, index, arch)
 
 
-def _run(jobs: list[pool.Job], console: Console) -> list[Card]:
+def _wanted(card: Card, families: list[str], kernel: str) -> bool:
+    named = any(kernel in word for word in (card.op, card.name, card.kernel))
+    return named and card.family in [*families, ""]  # "": a CUDA kernel named after no op
+
+
+def _progress(console: Console) -> Progress:
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
-        task = progress.add_task("", total=len(jobs))
-        return pool.run(jobs, lambda: progress.advance(task))
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

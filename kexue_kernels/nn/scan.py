@@ -97,7 +97,7 @@ class LRU(nn.Module):
 
     def eigenvalues(self) -> Tensor:
         """lambda [state_dim]: complex64, or complex128 in a float64 module."""
-        real = checks.state_dtype(self.nu_log.dtype)
+        real = self._real_dtype()
         nu = self.nu_log.to(real).clamp(*_NU_LOG_RANGE).exp()
         return torch.polar(torch.exp(-nu), self.theta_log.to(real).exp())
 
@@ -152,12 +152,18 @@ class LRU(nn.Module):
         """One step of generation: (y [B, dim], the next state) from x [B, dim] and the state."""
         self._check_input(x, 2, "[B, dim]")
         self._check_state(state, x.shape[0])
-        state = self.eigenvalues() * state + self._drive(x)
-        return self._read(state, x), state
+        # The products one by one: for few rows, laying out weights anew would cost more.
+        real = self._real_dtype()
+        gamma = self.gamma_log.to(real).exp()
+        drive_re, drive_im = (F.linear(x, B).to(real) * gamma for B in (self.B_re, self.B_im))
+        state = self.eigenvalues() * state + torch.complex(drive_re, drive_im)
+        re, im = state.real.to(x.dtype), state.imag.to(x.dtype)
+        y = F.linear(re, self.C_re) - F.linear(im, self.C_im)
+        return (y + self.D * x).to(x.dtype), state
 
     def _drive(self, x: Tensor) -> Tensor:
-        """gamma * (B x), complex [..., state_dim]: one real product, re and im interleaved."""
-        real = checks.state_dtype(self.D.dtype)
+        """gamma * (B x), complex [B, L, state_dim]: one real product, re and im interleaved."""
+        real = self._real_dtype()
         pairs = torch.stack((self.B_re, self.B_im), dim=1).to(real)  # [state_dim, 2, dim]
         weight = pairs * self.gamma_log.to(real).exp()[:, None, None]
         product = F.linear(x, weight.flatten(0, 1).to(self.D.dtype))
@@ -165,8 +171,10 @@ class LRU(nn.Module):
 
     def _read(self, h: Tensor, x: Tensor) -> Tensor:
         """Re(C h) + D x in x's dtype: one real product, as Re(C h) = C_re h_re - C_im h_im."""
-        weight = torch.stack((self.C_re, -self.C_im), dim=-1).flatten(1)  # [dim, 2 state_dim]
-        y = F.linear(torch.view_as_real(h).flatten(-2).to(x.dtype), weight)
+        real = self._real_dtype()
+        weight = torch.view_as_real(torch.complex(self.C_re.to(real), -self.C_im.to(real)))
+        pairs = torch.view_as_real(h).flatten(-2).to(x.dtype)  # [B, L, 2 state_dim]
+        y = F.linear(pairs, weight.flatten(1).to(self.D.dtype))
         return (y + self.D * x).to(x.dtype)
 
     def _check_input(self, x: Tensor, ndim: int, axes: str) -> None:
@@ -183,6 +191,9 @@ class LRU(nn.Module):
         checks.dtype("state", state, (self._state_dtype(),))
         checks.shape("state", state, (rows, self.state_dim), "[B or N, state_dim]")
         checks.device("state", state, self.D.device, "the module")
+
+    def _real_dtype(self) -> torch.dtype:
+        return checks.state_dtype(self.D.dtype)
 
     def _state_dtype(self) -> torch.dtype:
         return torch.complex128 if self.D.dtype == torch.float64 else torch.complex64

@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from kexue_kernels.offline.card import Card
@@ -12,17 +12,19 @@ from kexue_kernels.offline.card import Card
 Job = tuple[Callable[..., list[Card]], tuple[Any, ...]]
 
 
-def run(jobs: list[Job], progress: Callable[[], None]) -> list[Card]:
-    """The jobs' cards, in the jobs' order; `progress` is called as each job ends."""
+def run(jobs: list[Job]) -> Iterator[list[Card]]:
+    """Each job's cards, in the jobs' order, as they are made."""
     if not jobs:
-        return []
+        return
     workers = min(os.cpu_count() or 1, len(jobs))
     fresh = multiprocessing.get_context("spawn")
     with _not_interpreting(), ProcessPoolExecutor(workers, mp_context=fresh) as pool:
-        futures: list[Future[list[Card]]] = [pool.submit(f, *arguments) for f, arguments in jobs]
-        for _ in as_completed(futures):
-            progress()
-        return [card for future in futures for card in future.result()]
+        futures = [pool.submit(function, *arguments) for function, arguments in jobs]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:  # what is not begun stays so when the reader stops
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager

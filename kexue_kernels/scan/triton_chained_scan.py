@@ -37,16 +37,11 @@ _OTHER_NANS = tl.constexpr(0x7FC000007FC00000)
 _IDENTITY = tl.constexpr(0x3F800000)  # a = 1, b = 0
 
 
-def new_chain(
-    rows: int, sequences: int, width: int, window: int, device: torch.device
-) -> torch.Tensor:
-    """The chain of `rows` chunks in all: int64 [R, width], EMPTY. A row of its own for the
-    ticket counter, then one for each chunk, each group and each span, rounded up per sequence."""
-    groups = rows // window + sequences
-    spans = groups // window + sequences
-    return torch.full(
-        (1 + rows + groups + spans, width), EMPTY.value, dtype=torch.int64, device=device
-    )
+def new_chain(rows: int, width: int, window: int, device: torch.device) -> torch.Tensor:
+    """An EMPTY chain of `rows` chunks, int64 [R, width]: a row for the ticket counter, then one
+    for each chunk, each whole group and each whole span."""
+    total = 1 + rows + (rows // window + 1) + (rows // window**2 + 1)
+    return torch.full((total, width), EMPTY.value, dtype=torch.int64, device=device)
 
 
 @inline
@@ -74,32 +69,6 @@ def _then_complex(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
     return a[0], a[1], b[0], b[1]
 
 
-# (p, q) is (a, b) without the last run: carrying it is cheaper than moving a result by a run.
-@triton.jit
-def _then_real_lagging(a1, b1, p1, q1, a2, b2, p2, q2):  # noqa: ARG001
-    a, b = then((a1,), (b1,), (a2,), (b2,))
-    p, q = then((a1,), (b1,), (p2,), (q2,))
-    return a[0], b[0], p[0], q[0]
-
-
-@triton.jit
-def _then_complex_lagging(
-    a1_re, a1_im, b1_re, b1_im, p1_re, p1_im, q1_re, q1_im,
-    a2_re, a2_im, b2_re, b2_im, p2_re, p2_im, q2_re, q2_im,
-):  # fmt: skip # noqa: ARG001
-    a1, b1 = (a1_re, a1_im), (b1_re, b1_im)
-    a, b = then(a1, b1, (a2_re, a2_im), (b2_re, b2_im))
-    p, q = then(a1, b1, (p2_re, p2_im), (q2_re, q2_im))
-    return a[0], a[1], b[0], b[1], p[0], p[1], q[0], q[1]
-
-
-@inline
-def last_run(x, RUNS: tl.constexpr):
-    """[1, D], the last row of [RUNS, D]."""
-    last = tl.arange(0, RUNS)[:, None] == RUNS - 1
-    return column_sums(select(last, x, constant(0.0, (1, 1), len(x) == 2)))
-
-
 @inline
 def column_sums(x):
     if len(x) == 2:
@@ -109,46 +78,49 @@ def column_sums(x):
 
 
 @inline
-def compose_runs(a, b, RUNS: tl.constexpr):
-    """What runs [RUNS, D] do one after the other, [1, D]."""
+def scan_runs(a, b):
+    """For runs [RUNS, D]: what each and all those before it do."""
     if len(a) == 2:
         found = tl.associative_scan((a[0], a[1], b[0], b[1]), 0, _then_complex)
-        return last_run((found[0], found[1]), RUNS), last_run((found[2], found[3]), RUNS)
+        return (found[0], found[1]), (found[2], found[3])
     else:
         found = tl.associative_scan((a[0], b[0]), 0, _then_real)
-        return last_run((found[0],), RUNS), last_run((found[1],), RUNS)
+        return (found[0],), (found[1],)
+
+
+# One-dimensional gathers move a row between threads. They also end what Triton calls layout
+# propagation: without them the layout of the published words would spread into the tile.
+@inline
+def _last_row(x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    at = (ROWS - 1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    return tl.gather(tl.reshape(x, (ROWS * BLOCK_D,)), at, 0)[None, :]
 
 
 @inline
-def scan_runs(a, b, RUNS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """For runs [RUNS, D]: what all those before each do, [RUNS, D], and what all do, [1, D]."""
-    one = tl.full((RUNS, BLOCK_D), 1.0, tl.float32)
-    zero = tl.full((RUNS, BLOCK_D), 0.0, tl.float32)
-    if len(a) == 2:
-        runs = (a[0], a[1], b[0], b[1], one, zero, zero, zero)
-        found = tl.associative_scan(runs, 0, _then_complex_lagging)
-        a_all, b_all = last_run((found[0], found[1]), RUNS), last_run((found[2], found[3]), RUNS)
-        return (found[4], found[5]), (found[6], found[7]), a_all, b_all
-    else:
-        found = tl.associative_scan((a[0], b[0], one, zero), 0, _then_real_lagging)
-        a_all, b_all = last_run((found[0],), RUNS), last_run((found[1],), RUNS)
-        return (found[2],), (found[3],), a_all, b_all
-
-
-@inline
-def _relaid(x, BLOCK_D: tl.constexpr):
-    """x [BLOCK_D] as it is. Triton chooses the layout of all that is computed from x anew: it
-    would carry that of the published words into the tile and move the tile for it."""
-    return tl.gather(x, tl.arange(0, BLOCK_D), 0)
-
-
-@inline
-def _relaid_row(x, BLOCK_D: tl.constexpr):
+def last_row(x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[1, BLOCK_D] of x [ROWS, BLOCK_D]."""
     if len(x) == 2:
-        re = _relaid(tl.reshape(x[0], (BLOCK_D,)), BLOCK_D)[None, :]
-        return (re, _relaid(tl.reshape(x[1], (BLOCK_D,)), BLOCK_D)[None, :])
+        return (_last_row(x[0], ROWS, BLOCK_D), _last_row(x[1], ROWS, BLOCK_D))
     else:
-        return (_relaid(tl.reshape(x[0], (BLOCK_D,)), BLOCK_D)[None, :],)
+        return (_last_row(x[0], ROWS, BLOCK_D),)
+
+
+@inline
+def _rows_before(x, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    at = tl.maximum(tl.arange(0, ROWS * BLOCK_D) - BLOCK_D, 0)
+    x = tl.gather(tl.reshape(x, (ROWS * BLOCK_D,)), at, 0)
+    x = tl.reshape(x, (ROWS, BLOCK_D))
+    return tl.where(tl.arange(0, ROWS)[:, None] == 0, first, x)
+
+
+@inline
+def rows_before(x, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The row before each of x [ROWS, BLOCK_D], `first` [1, BLOCK_D] before the first."""
+    if len(x) == 2:
+        re = _rows_before(x[0], first[0], ROWS, BLOCK_D)
+        return (re, _rows_before(x[1], first[1], ROWS, BLOCK_D))
+    else:
+        return (_rows_before(x[0], first[0], ROWS, BLOCK_D),)
 
 
 @inline
@@ -190,9 +162,9 @@ def _publish(chain_ptr, row, columns, D, a, b):
 
 @inline
 def _poll(ptrs, mask, D, COMPLEX: tl.constexpr):
-    words = tl.load(ptrs, mask=mask, other=_IDENTITY, volatile=True)
+    words = tl.load(ptrs, mask=mask, other=_IDENTITY, volatile=True, cache_modifier=".cv")
     if COMPLEX:
-        return (words, tl.load(ptrs + D, mask=mask, other=0, volatile=True))
+        return (words, tl.load(ptrs + D, mask=mask, other=0, volatile=True, cache_modifier=".cv"))
     else:
         return (words,)
 
@@ -223,51 +195,52 @@ def await_runs(chain_ptr, rows, wanted, columns, D, COMPLEX: tl.constexpr):
 
 @inline
 def enter_chunk(
-    chain_ptr, first_row, total_rows, sequence, sequences, chunk, chunks, first_ptrs, columns, D,
+    chain_ptr, first_row, rows, chunk, chunks, first_ptrs, columns, D,
     a, b, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The state [1, BLOCK_D] that enters a chunk; tells the chunks after it what it does.
 
-    (a, b) is what the chunk does, `first_row` its sequence's first among the `total_rows` of
-    all sequences' chunks, and `first_ptrs` what enters the sequence (None: zero).
+    (a, b) is what the chunk does. Its sequence has `chunks` of the `rows` that all sequences
+    have, from `first_row` on; `first_ptrs` is to what enters the sequence (None: zero).
     """
     COMPLEX: tl.constexpr = len(a) == 2
-    a = _relaid_row(a, BLOCK_D)
-    b = _relaid_row(b, BLOCK_D)
+    SPAN: tl.constexpr = WINDOW * WINDOW
+    # what ends with a chunk's row r is at r // WINDOW among groups, r // SPAN among spans
+    group_row = rows + (first_row + WINDOW - 1) // WINDOW
+    span_row = rows + (rows // WINDOW + 1) + (first_row + SPAN - 1) // SPAN
+    span = chunk // SPAN
     group = chunk // WINDOW
-    span = group // WINDOW
     chunk_in_group = chunk % WINDOW
     group_in_span = group % WINDOW
-    # n consecutive rows at `row` get n // WINDOW + 1 of their own at row // WINDOW + sequence
-    group_row = first_row // WINDOW + sequence
-    span_row = group_row // WINDOW + sequence
-    group_row += total_rows
-    span_row += total_rows + total_rows // WINDOW + sequences
 
     followed = chunk + 1 < chunks
-    last_of_group = chunk_in_group == WINDOW - 1
-    last_of_span = last_of_group & (group_in_span == WINDOW - 1)
+    ends_group = chunk_in_group == WINDOW - 1
+    ends_span = ends_group & (group_in_span == WINDOW - 1)
     if followed & (chunk_in_group != WINDOW - 1):
         _publish(chain_ptr, first_row + chunk, columns, D, a, b)
-    if followed & last_of_group & (group_in_span != WINDOW - 1):
+    if followed & ends_group & (group_in_span != WINDOW - 1):
         w = tl.arange(0, WINDOW)[:, None]
-        rows = first_row + group * WINDOW + w
-        a_runs, b_runs = await_runs(chain_ptr, rows, w < WINDOW - 1, columns, D, COMPLEX)
-        a_before, b_before = compose_runs(a_runs, b_runs, WINDOW)
+        group_rows = first_row + group * WINDOW + w
+        a_runs, b_runs = await_runs(chain_ptr, group_rows, w < WINDOW - 1, columns, D, COMPLEX)
+        a_runs, b_runs = scan_runs(a_runs, b_runs)
+        a_before = last_row(a_runs, WINDOW, BLOCK_D)
+        b_before = last_row(b_runs, WINDOW, BLOCK_D)
         a_group, b_group = then(a_before, b_before, a, b)
         _publish(chain_ptr, group_row + group, columns, D, a_group, b_group)
 
+    # the state that enters the span, as a run that forgets; the span's groups; the group's chunks
     w = tl.arange(0, 2 * WINDOW)[:, None]
-    rows = tl.where(w == 0, span_row + span, group_row + span * WINDOW + w - 1)
-    rows = tl.where(w < WINDOW, rows, first_row + group * WINDOW + w - WINDOW)
+    before = tl.where(w == 0, span_row + span - 1, group_row + span * WINDOW + w - 1)
+    before = tl.where(w < WINDOW, before, first_row + group * WINDOW + w - WINDOW)
     wanted = (w <= group_in_span) & ((w > 0) | (span > 0))
     wanted = wanted | ((w >= WINDOW) & (w < WINDOW + chunk_in_group))
-    a_runs, b_runs = await_runs(chain_ptr, rows, wanted, columns, D, COMPLEX)
+    a_runs, b_runs = await_runs(chain_ptr, before, wanted, columns, D, COMPLEX)
     if first_ptrs is not None:
-        state = tl.load(first_ptrs, mask=(columns < D) & (span == 0), other=0)
-        b_runs = select((w == 0) & (span == 0), unpack(state, None), b_runs)
-    _, state = compose_runs(a_runs, b_runs, 2 * WINDOW)
-    if followed & last_of_span:
+        first = tl.load(first_ptrs, mask=(columns < D) & (span == 0), other=0)
+        b_runs = select((w == 0) & (span == 0), unpack(first, None), b_runs)
+    _, b_runs = scan_runs(a_runs, b_runs)
+    state = last_row(b_runs, 2 * WINDOW, BLOCK_D)
+    if followed & ends_span:
         zero = constant(0.0, (1, BLOCK_D), COMPLEX)
-        _publish(chain_ptr, span_row + span + 1, columns, D, zero, apply(a, b, state))
-    return _relaid_row(state, BLOCK_D)
+        _publish(chain_ptr, span_row + span, columns, D, zero, apply(a, b, state))
+    return state

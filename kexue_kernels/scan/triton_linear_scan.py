@@ -18,6 +18,19 @@ HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 NUM_STAGES = 1
 
 
+class Problem(NamedTuple):
+    """What a configuration depends on."""
+
+    sequences: int
+    L: int  # steps of each sequence; packed: of all
+    D: int
+    dtype: torch.dtype
+    paired: bool = False  # halves are read as words of two channels
+    invariant: bool = False  # `a` does not change over time
+    backward: bool = False
+    packed: bool = False
+
+
 class Config(NamedTuple):
     """Tiles of RUNS runs of RUN steps by BLOCK_D channels; chained, a program has one tile."""
 
@@ -33,46 +46,34 @@ class Config(NamedTuple):
         return self.RUN * self.RUNS
 
 
-def configure(
-    sequences: int,
-    L: int,
-    D: int,
-    dtype: torch.dtype,
-    paired: bool,
-    reads: int,
-    packed: bool,
-    sms: int,
-) -> Config:
-    """The configuration for `sequences` of L steps each (packed: L in all) and D channels.
+def configure(problem: Problem, multiprocessors: int) -> Config:
+    """The configuration of a launch.
 
-    A tile's row is 64 bytes, what DRAM gives at once, a thread's part of it 16 where the
-    channels are `paired` or wide enough; RUN is what lets 3 or 4 programs onto an SM.
+    A tile's row is 64 bytes, what DRAM gives at once, and a thread's part of it 16; the runs
+    are as long as lets 3 or 4 programs onto a multiprocessor by their registers. On an H200
+    (4.3 TB/s, 132 of them) a program then has some 5 us from first to last access at full
+    bandwidth, of which waiting for its chain takes about 1, two round trips to L2. A chain's
+    own pace is one such wait for 64 chunks: 77 us for a million steps, 805 MB take 190.
     """
-    size = dtype.itemsize
-    BLOCK_D = min(64 // size, triton.next_power_of_2(D))
+    p = problem
+    size = p.dtype.itemsize
+    BLOCK_D = min(64 // size, triton.next_power_of_2(p.D))
     RUNS = 128 // max(1, BLOCK_D * size // 16)
-    typical = triton.cdiv(L, sequences) if packed else L
-    longest = (16 if reads == 1 else 8) // (1 if paired or size > 2 else 2)
+    longest = 16 if not p.backward and (p.invariant or size == 4) else 8
+    if size == 2 and not p.paired:  # each half takes a register of its own
+        longest //= 2
+    typical = triton.cdiv(p.L, p.sequences) if p.packed else p.L
     RUN = min(longest, triton.next_power_of_2(triton.cdiv(typical, RUNS)))
-    chunks = triton.cdiv(L, RUN * RUNS)
-    programs = triton.cdiv(D, BLOCK_D) * (1 if packed else sequences)
-    chained = chunks > 4 and programs < 32 * sms
-    return Config(RUN, RUNS, BLOCK_D, 4, chained)
+    chunks = triton.cdiv(p.L, RUN * RUNS)
+    programs = triton.cdiv(p.D, BLOCK_D) * (1 if p.packed else p.sequences)
+    return Config(RUN, RUNS, BLOCK_D, 4, chunks > 4 and programs < 32 * multiprocessors)
 
 
-def configure_interpreted(
-    sequences: int,
-    L: int,
-    D: int,
-    dtype: torch.dtype,
-    paired: bool,
-    reads: int,
-    packed: bool,
-    sms: int,
-) -> Config:
-    """As `configure`, for Triton's interpreter, which scans element by element."""
-    del sequences, dtype, paired, reads, packed, sms
-    return Config(8, 2, min(16, triton.next_power_of_2(max(D, 2))), 1, L > 64, 2)
+def configure_interpreted(problem: Problem, multiprocessors: int) -> Config:
+    """For Triton's interpreter, which scans element by element: few of them, in chains too."""
+    del multiprocessors
+    BLOCK_D = min(16, triton.next_power_of_2(max(problem.D, 2)))
+    return Config(8, 2, BLOCK_D, 1, problem.L > 64, 2)
 
 
 def forward(
@@ -83,10 +84,10 @@ def forward(
     reverse: bool,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = _Call(a, b, None, cu_seqlens)
+    call = _Call(a, b, None, cu_seqlens, backward=False)
     h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
     final_state = call.new_states(return_final_state)
-    call.launch(h, initial_state, final_state, None, None, reverse, backward=False)
+    call.launch(h, initial_state, final_state, None, None, reverse)
     return h, final_state
 
 
@@ -99,13 +100,13 @@ def backward(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    call = _Call(a, grad_h, h, cu_seqlens)
+    call = _Call(a, grad_h, h, cu_seqlens, backward=True)
     grad_b = torch.empty(grad_h.shape, dtype=grad_h.dtype, device=grad_h.device)
     grad_initial = call.new_states(initial_state is not None)
     grad_a = None
     if h is not None:
         grad_a = call.new_sums() if call.invariant else torch.empty_like(grad_b)
-    call.launch(grad_b, grad_final, grad_initial, initial_state, grad_a, not reverse, backward=True)
+    call.launch(grad_b, grad_final, grad_initial, initial_state, grad_a, not reverse)
     return grad_a, grad_b, grad_initial
 
 
@@ -117,21 +118,21 @@ class _Call:
     b: Tensor
     h: Tensor | None
     cu_seqlens: Tensor | None
+    backward: bool
 
     def __post_init__(self) -> None:
         B, L, D = self.b.shape
+        packed = self.cu_seqlens is not None
+        self.sequences = B if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         self.invariant = self.a.shape[1] == 1
         self.paired = self.b.dtype in HALVES and all(
             x is None or _pairs(x) for x in (self.b, self.h, None if self.invariant else self.a)
         )
-        packed = self.cu_seqlens is not None
-        self.sequences = B if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        reads = 1 + (not self.invariant) + (self.h is not None)
-        rule = configure_interpreted if dispatch.interpreting() else configure
-        sms = multiprocessors(self.b.device)
-        self.config = rule(
-            self.sequences, L, D, self.b.dtype, self.paired, reads, packed, sms
+        problem = Problem(
+            self.sequences, L, D, self.b.dtype, self.paired, self.invariant, self.backward, packed
         )
+        rule = configure_interpreted if dispatch.interpreting() else configure
+        self.config = rule(problem, multiprocessors(self.b.device))
         chunks = triton.cdiv(L, self.config.BLOCK_L)
         self.rows = L // self.config.BLOCK_L + self.sequences if packed else B * chunks
 
@@ -154,14 +155,13 @@ class _Call:
         initial: Tensor | None,
         grad_a: Tensor | None,
         reverse: bool,
-        backward: bool,
     ) -> None:
         _, L, D = x.shape
         config = self.config
         chain = None
         if config.chained:
             width = D * (2 if x.is_complex() else 1)
-            chain = new_chain(self.rows, self.sequences, width, config.WINDOW, x.device)
+            chain = new_chain(self.rows, width, config.WINDOW, x.device)
         programs = self.rows if config.chained else self.sequences
         view = _as_pairs if self.paired else words
         a = words(self.a) if self.invariant else view(self.a)
@@ -186,7 +186,7 @@ class _Call:
                 *_strides(a),
                 *_strides(b),
                 *((0, 0, 0) if h is None else _strides(h)),
-                BACKWARD=backward,
+                BACKWARD=self.backward,
                 INVARIANT=self.invariant,
                 REVERSE=reverse,
                 HALF=HALVES[x.dtype] if self.paired else None,

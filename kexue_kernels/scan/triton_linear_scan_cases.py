@@ -11,6 +11,7 @@ from kexue_kernels.scan.triton_linear_scan import (
     HALVES,
     NUM_STAGES,
     Config,
+    Problem,
     configure,
     one,
 )
@@ -36,16 +37,17 @@ class _Variant:
     @property
     def config(self) -> Config:
         sequences = 8 if self.chained else 1 if self.packed else 256
-        config = configure(
+        problem = Problem(
             sequences,
             self.L,
             self.D,
             self.dtype,
             self.paired,
-            1 + (not self.invariant) + self.backward,
+            self.invariant,
+            self.backward,
             self.packed,
-            _H200,
         )
+        config = configure(problem, _H200)
         assert config.chained == self.chained
         return config
 
@@ -65,18 +67,18 @@ def compile_cases() -> list[TritonCase]:
 def _variants() -> Iterator[_Variant]:
     both = (False, True)
     formats = [(torch.float32, False), (torch.complex64, False)]
-    formats += [(dtype, paired) for dtype in HALVES for paired in both]
+    formats += [(dtype, True) for dtype in HALVES]
     for (dtype, paired), backward, invariant, chained in product(formats, both, both, both):
         yield _Variant(dtype, paired, backward, invariant, chained)
-    for backward, packed, chained in product(both, both, both):
-        L = 1000 if packed and not chained else 16384
-        yield _Variant(
-            backward=backward, reverse=True, packed=packed, chained=chained, L=L
-        )
-    for backward, L in product(both, (64, 200)):
-        yield _Variant(torch.bfloat16, True, backward, chained=False, L=L)
-    for backward, D in product(both, (2, 4)):
-        yield _Variant(backward=backward, D=D)
+    for backward, chained in product(both, both):
+        yield _Variant(torch.bfloat16, False, backward, chained=chained)
+        yield _Variant(backward=backward, chained=chained, reverse=True)
+        L = 16384 if chained else 500
+        yield _Variant(backward=backward, chained=chained, packed=True, L=L)
+    for backward in both:
+        yield _Variant(torch.bfloat16, True, backward, chained=False, L=64)
+        yield _Variant(backward=backward, D=1)
+        yield _Variant(backward=backward, D=4)
 
 
 def _case(variant: _Variant) -> TritonCase:
@@ -98,7 +100,9 @@ def _case(variant: _Variant) -> TritonCase:
         bytes_per_element=(reads + writes - variant.invariant * (1 + variant.backward))
         * variant.dtype.itemsize,
         flops_per_element=step + variant.backward * (step if variant.invariant else product_),
-        divisible_by_16=tuple(k for k, v in types.items() if v[0] == "*" or k in _STRIDES and whole),
+        divisible_by_16=tuple(
+            k for k, v in types.items() if v[0] == "*" or (k in _STRIDES and whole)
+        ),
     )
 
 
@@ -107,7 +111,10 @@ def _arguments(variant: _Variant, config: Config) -> dict[str, object]:
     data = "*i64" if variant.dtype.is_complex else f"*{_NAMES[variant.dtype]}"
     read = "*i32" if variant.paired else data
     state = "*i64" if variant.dtype.is_complex else "*fp32"
+    one_channel = variant.D == 1  # Triton takes an argument that is 1 for a constant
     strides = {"batch": "i32", "step": "i32", "channel": 1}
+    if one_channel:
+        strides |= {"step": 1, "channel": "i32"}
     backward = variant.backward
     return {
         "a_ptr": data if variant.invariant else read,
@@ -120,7 +127,10 @@ def _arguments(variant: _Variant, config: Config) -> dict[str, object]:
         "grad_a_ptr": (state if variant.invariant else data) if backward else None,
         "cu_seqlens_ptr": "*i64" if variant.packed else None,
         "chain_ptr": "*i64" if config.chained else None,
-        **dict.fromkeys(("L", "D", "sequences", "total_rows"), "i32"),
+        "L": "i32",
+        "D": 1 if one_channel else "i32",
+        "sequences": "i32",
+        "rows": "i32",
         **{f"{x}_{axis}": stride for x in "abh" for axis, stride in strides.items()},
         "BACKWARD": backward,
         "INVARIANT": variant.invariant,

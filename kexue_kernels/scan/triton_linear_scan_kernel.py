@@ -20,7 +20,8 @@ from kexue_kernels.scan.triton_chained_scan import (
     column_sums,
     enter_chunk,
     find_sequence,
-    last_run,
+    last_row,
+    rows_before,
     scan_runs,
     take_ticket,
 )
@@ -74,11 +75,17 @@ def _columns(block, D, BLOCK_D: tl.constexpr):
 
 
 @inline
+def _hidden_zero(length):
+    """0, but the compiler can't know. It would find that numbers or addresses were there before,
+    and keep them in registers that the tile needs, where computing them anew is next to free."""
+    return length >> 62
+
+
+@inline
 def _load_runs(ptrs, way, s, begin, end, held, other, RUN: tl.constexpr):
     """Steps s, …, s + RUN - 1 from `ptrs` [RUNS, BLOCK_D], a tensor for each; `other` outside
     of begin <= step < end."""
     steps = ()
-    way += (end >> 62) * 16
     for r in tl.static_range(RUN):
         inside = (s + r >= begin) & (s + r < end) & held
         steps = steps + (tl.load(ptrs, mask=inside, other=other),)
@@ -87,14 +94,20 @@ def _load_runs(ptrs, way, s, begin, end, held, other, RUN: tl.constexpr):
 
 
 @inline
-def _coefficient(a_steps, r, a_all, inside, veil, BACKWARD: tl.constexpr, HALF: tl.constexpr):
+def _again(x, zero, HALF: tl.constexpr):
+    """`unpack` once more, not remembered: an unpacked half takes twice the room."""
+    if HALF is not None:
+        x = x ^ zero.to(tl.int32)
+    return unpack(x, HALF)
+
+
+@inline
+def _coefficient(a_steps, r, a_all, inside, zero, BACKWARD: tl.constexpr, HALF: tl.constexpr):
     """c of each run's step r; 1 where it is not `inside`."""
     if len(a_steps) == 0:
         c = select(inside, a_all, constant(1.0, (1, 1), len(a_all) == 2))
-    elif HALF is None:
-        c = unpack(a_steps[r], HALF)
     else:
-        c = unpack(a_steps[r] ^ veil, HALF)
+        c = _again(a_steps[r], zero, HALF)
     if BACKWARD:
         c = conjugate(c)
     return c
@@ -111,62 +124,55 @@ def _tile(
     a chain, its own. Returns the state that leaves, and `total` plus the tile's grad_a."""
     COMPLEX: tl.constexpr = len(total) == 2
     behind: tl.constexpr = 1 if BACKWARD else 0
-    b_steps = _load_runs(b_ptrs + s * b_way, b_way, s, 0, length, words_held, 0, RUN)
+    zero = _hidden_zero(length)
+    apart = zero * 16  # added to what an address moves by, known to keep it aligned
+    b_steps = _load_runs(b_ptrs + s * b_way, b_way + apart, s, 0, length, words_held, 0, RUN)
     a_steps = ()
     if a_ptrs is not None:
-        a_steps = _load_runs(
-            a_ptrs + (s - behind) * a_way, a_way, s, behind, length, words_held, ONE, RUN
-        )
+        a_ptrs += (s - behind) * a_way
+        a_steps = _load_runs(a_ptrs, a_way + apart, s, behind, length, words_held, ONE, RUN)
     h_steps = ()
     if h_ptrs is not None:
-        if HALF is None:  # halves crowd the registers: theirs come after the wait for the chain
-            h_steps = _load_runs(
-                h_ptrs + (s + 1) * h_way, h_way, s, 0, length - 1, words_held, 0, RUN
-            )
+        h_ptrs += (s + 1) * h_way
+        if HALF is None:
+            h_steps = _load_runs(h_ptrs, h_way + apart, s, 0, length - 1, words_held, 0, RUN)
 
     a_run = constant(1.0, (RUNS, BLOCK_D), COMPLEX)
     b_run = constant(0.0, (RUNS, BLOCK_D), COMPLEX)
     for r in tl.static_range(RUN):
         inside = (s + r >= behind) & (s + r < length)
-        c = _coefficient(a_steps, r, a_all, inside, 0, BACKWARD, HALF)
+        c = _coefficient(a_steps, r, a_all, inside, zero * 0, BACKWARD, HALF)
         b_run = multiply_add(c, b_run, unpack(b_steps[r], HALF))
         a_run = multiply(c, a_run)
-    a_before, b_before, a_tile, b_tile = scan_runs(a_run, b_run, RUNS, BLOCK_D)
+    a_run, b_run = scan_runs(a_run, b_run)
     if chain is not None:
-        state = enter_chunk(*chain, a_tile, b_tile, WINDOW, BLOCK_D)
+        a_chunk = last_row(a_run, RUNS, BLOCK_D)
+        b_chunk = last_row(b_run, RUNS, BLOCK_D)
+        state = enter_chunk(*chain, a_chunk, b_chunk, WINDOW, BLOCK_D)
     if h_ptrs is not None:
-        if HALF is not None:
-            h_steps = _load_runs(
-                h_ptrs + (s + 1) * h_way, h_way, s, 0, length - 1, words_held, 0, RUN
-            )
-    x = apply(a_before, b_before, state)
+        if HALF is not None:  # not before the wait for the chain: halves crowd the registers
+            h_steps = _load_runs(h_ptrs, h_way + apart, s, 0, length - 1, words_held, 0, RUN)
 
-    # Zero, but the compiler can't know: otherwise it would keep what the first walk unpacked in
-    # registers, twice the room of halves.
-    veil = (length >> 62).to(tl.int32)
+    x = rows_before(apply(a_run, b_run, state), state, RUNS, BLOCK_D)
     begin = tl.where(s < behind, 1, 0)
     left = tl.minimum(tl.maximum(length - s, 0), RUN + 1).to(tl.int32)
     x_ptrs += s * x_way
     if grad_a_ptrs is not None:
         grad_a_ptrs += s * x_way
-    x_way += (length >> 62) * 16
     for r in tl.static_range(RUN):
-        inside = (r >= begin) & (r < left)
-        c = _coefficient(a_steps, r, a_all, inside, veil, BACKWARD, HALF)
-        b = unpack(b_steps[r] if HALF is None else b_steps[r] ^ veil, HALF)
-        x = multiply_add(c, x, b)
+        c = _coefficient(a_steps, r, a_all, (r >= begin) & (r < left), zero, BACKWARD, HALF)
+        x = multiply_add(c, x, _again(b_steps[r], zero, HALF))
         tl.store(x_ptrs, pack(x, x_ptrs.dtype.element_ty), mask=(r < left) & held)
-        x_ptrs += x_way
+        x_ptrs += x_way + apart
         if h_ptrs is not None:
-            h = unpack(h_steps[r] if HALF is None else h_steps[r] ^ veil, HALF)
-            grad_a = multiply(x, conjugate(h))
+            grad_a = multiply(x, conjugate(_again(h_steps[r], zero, HALF)))
             if grad_a_ptrs is None:
                 total = add(total, select(r + 1 < left, grad_a, constant(0.0, (1, 1), COMPLEX)))
             else:
                 grad_a = pack(grad_a, grad_a_ptrs.dtype.element_ty)
                 tl.store(grad_a_ptrs, grad_a, mask=(r + 1 < left) & held)
-                grad_a_ptrs += x_way
-    return last_run(x, RUNS), total
+                grad_a_ptrs += x_way + apart
+    return last_row(x, RUNS, BLOCK_D), total
 
 
 @inline
@@ -196,10 +202,10 @@ def _finish(
     return add(total, grad_a)
 
 
-@triton.jit(do_not_specialize=["L", "sequences", "total_rows"])
+@triton.jit(do_not_specialize=["L", "sequences", "rows"])
 def linear_scan_kernel(
     a_ptr, b_ptr, x_ptr, first_ptr, last_ptr, h_ptr, initial_ptr, grad_a_ptr,
-    cu_seqlens_ptr, chain_ptr, L, D, sequences, total_rows,
+    cu_seqlens_ptr, chain_ptr, L, D, sequences, rows,
     a_batch, a_step, a_channel, b_batch, b_step, b_channel, h_batch, h_step, h_channel,
     BACKWARD: tl.constexpr, INVARIANT: tl.constexpr, REVERSE: tl.constexpr,
     HALF: tl.constexpr, ONE: tl.constexpr, WINDOW: tl.constexpr,
@@ -236,13 +242,13 @@ def linear_scan_kernel(
     b_ptrs = b_ptr + batch * b_batch + start * b_step + words * b_channel
     x_offsets = (batch * L + start) * D + columns
     x_ptrs = x_ptr + x_offsets
-    a_ptrs = None
-    a_all = constant(1.0, (1, 1), COMPLEX)
     if INVARIANT:
-        a = tl.load(a_ptr + batch * a_batch + columns * a_channel, mask=held, other=0)
-        a_all = unpack(a, None)
+        a_ptrs = None
+        a_all = tl.load(a_ptr + batch * a_batch + columns * a_channel, mask=held, other=0)
+        a_all = unpack(a_all, None)
     else:
         a_ptrs = a_ptr + batch * a_batch + start * a_step + words * a_channel
+        a_all = constant(1.0, (1, 1), COMPLEX)
     h_ptrs = None
     grad_a_ptrs = None
     total = constant(0.0, (1, BLOCK_D), COMPLEX)
@@ -255,17 +261,13 @@ def linear_scan_kernel(
     first_ptrs = None if first_ptr is None else first_ptr + states
 
     chunks = tl.maximum(tl.cdiv(length, BLOCK_L), 1).to(tl.int32)
-    partial = sequence
     working = chunk < chunks
+    state = constant(0.0, (1, BLOCK_D), COMPLEX)
     if CHAINED:
-        partial = first_row + chunk
-        state = constant(0.0, (1, BLOCK_D), COMPLEX)
+        sums_row = first_row + chunk
         if working:
-            chain = (
-                chain_ptr, first_row, total_rows, sequence, sequences, chunk, chunks,
-                first_ptrs, columns, D,
-            )  # fmt: skip
             s = chunk.to(tl.int64) * BLOCK_L + RUN * tl.arange(0, RUNS)[:, None]
+            chain = (chain_ptr, first_row, rows, chunk, chunks, first_ptrs, columns, D)
             state, total = _tile(
                 a_ptrs, b_ptrs, x_ptrs, h_ptrs, grad_a_ptrs, a_way, b_way, x_way, h_way,
                 s, length, held, words_held, state, a_all, total, chain,
@@ -273,12 +275,11 @@ def linear_scan_kernel(
             )  # fmt: skip
         chunk += 1
     else:
-        state = constant(0.0, (1, BLOCK_D), COMPLEX)
+        sums_row = sequence
         if first_ptrs is not None:
             state = unpack(tl.load(first_ptrs, mask=held, other=0), None)
         while chunk < chunks:
-            # ^ 0, in disguise: the compiler would carry dozens of pointers through the loop
-            number = (chunk ^ (length >> 62).to(tl.int32)).to(tl.int64)
+            number = chunk ^ _hidden_zero(length)  # or dozens of pointers go round the loop
             s = number * BLOCK_L + RUN * tl.arange(0, RUNS)[:, None]
             state, total = _tile(
                 a_ptrs, b_ptrs, x_ptrs, h_ptrs, grad_a_ptrs, a_way, b_way, x_way, h_way,
@@ -298,5 +299,5 @@ def linear_scan_kernel(
         )  # fmt: skip
     if h_ptr is not None:
         if INVARIANT:
-            sums = partial.to(tl.int64) * D + columns
+            sums = sums_row.to(tl.int64) * D + columns
             tl.store(grad_a_ptr + sums, pack(total, tl.float32), mask=held & working)

@@ -151,7 +151,7 @@ def test_without_triton(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cards_from_a_cubin() -> None:
-    (card,) = pool.run([(example_kernels.cubin_cards, ("sm_90",))], lambda: None)
+    ((card,),) = pool.run([(example_kernels.cubin_cards, ("sm_90",))])
     assert (card.backend, card.kernel, card.arch) == ("cuda", "decayed_sum", "sm_90")
     assert card.threads == 128
     assert card.occupancy is not None

@@ -93,6 +93,9 @@ def test_half_module(dtype: torch.dtype):
     unit = torch.finfo(dtype).eps
     assert (y - exact).abs().max() <= 4 * unit * exact.abs().max()
     assert (final - exact_final).abs().max() <= 4 * unit * exact_final.abs().max()
+    first, _ = lru.step(x[:, 0], lru.initial_state(2))
+    assert first.dtype == dtype
+    assert (first - exact[:, 0]).abs().max() <= 4 * unit * exact.abs().max()
     got = gradients((y,), [x, *lru.parameters()])
     expected = gradients((exact,), [wide, *double.parameters()])
     for g, e in zip(got, expected, strict=True):
@@ -112,7 +115,7 @@ def test_autocast(x_dtype: torch.dtype):
     exact, exact_final = naive(lru, x.float(), state)
     assert (y - exact).abs().max() <= 4 * 2**-7 * exact.abs().max()
     assert (final - exact_final).abs().max() <= 4 * 2**-7 * exact_final.abs().max()
-    assert_close(stepped, y[:, 0])
+    assert (stepped - exact[:, 0]).abs().max() <= 4 * 2**-7 * exact.abs().max()
     for grad in gradients((y, final), [x, *lru.parameters()]):
         assert grad.isfinite().all()
         assert grad.abs().max() > 0
@@ -281,6 +284,37 @@ def test_compiles_with_inductor():
     assert_close(compiled(x), lru(x))
     gradient = torch.autograd.grad(compiled(x).square().sum(), lru.nu_log)
     assert_close(gradient, torch.autograd.grad(lru(x).square().sum(), lru.nu_log))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu(dtype: torch.dtype):
+    """On the GPU as near to float64 as on the CPU, gradients too; steps go on from forward."""
+    lru = make().to(dtype)
+    double = copy.deepcopy(lru).double()
+    x, state = torch.randn(3, 300, DIM).to(dtype), random_state(3)
+
+    def run(model, x, state):
+        inputs = [x.detach().clone().requires_grad_(), state.detach().clone().requires_grad_()]
+        out = model(*inputs, return_state=True)
+        grads = torch.autograd.grad(out[0].float().sin().sum() + out[1].abs().sum(), [
+            *inputs, *model.parameters(),
+        ])  # fmt: skip
+        return [value.cpu() for value in (*out, *grads)]
+
+    exact = run(double, x.double(), state.to(torch.complex128))
+    plain = run(lru, x, state)
+    ours = run(copy.deepcopy(lru).cuda(), x.cuda(), state.cuda())
+    unit = torch.finfo(dtype).eps
+    for e, p, o in zip(exact, plain, ours, strict=True):
+        assert o.dtype == p.dtype
+        assert (o - e).abs().max() <= 2 * (p - e).abs().max() + max(unit, 1e-6) * e.abs().max()
+    lru = lru.cuda()
+    y, final = lru(x[:, :-1].cuda(), return_state=True)
+    whole, end = lru(x.cuda(), return_state=True)
+    y, stepped = lru.step(x[:, -1].cuda(), final)
+    for got, expected in ((y, whole[:, -1]), (stepped, end)):
+        assert (got - expected).abs().max() <= 16 * unit * expected.abs().max()
 
 
 def test_shows_its_sizes():
