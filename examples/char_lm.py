@@ -46,6 +46,7 @@ def main(
     show_corpus(results)
     with kk.use_backend(backend):
         batch = draw_batch(corpus.train)
+        choose_threads(model, batch, backend)
         results.speeds = {
             name: few_steps(model, batch, name) for name in dict.fromkeys((backend, "reference"))
         }
@@ -107,6 +108,19 @@ def few_steps(model: CharLM, batch: Tensor, backend: str, steps: int = 5) -> Spe
         started = time.perf_counter()
         losses += [training_step(model, optimizer, batch, 0.1) for _ in range(steps)]
     return Speed(steps * BATCH * LENGTH / (time.perf_counter() - started), losses)
+
+
+def choose_threads(model: CharLM, batch: Tensor, backend: str) -> None:
+    """One CPU thread, or as many as PyTorch takes: whichever trains faster now.
+
+    Steps this small gain little from threads, and lose much where other programs are running.
+    """
+    speeds = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        speeds[threads] = few_steps(model, batch, backend).tokens_per_second
+        console.print(f"{threads} thread(s): {speeds[threads]:,.0f} tokens/s")
+    torch.set_num_threads(max(speeds, key=speeds.__getitem__))
 
 
 def schedule(progress: float) -> float:

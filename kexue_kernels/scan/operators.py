@@ -51,7 +51,7 @@ def _plain(x: Tensor) -> Tensor:
 
 def _three(a: Tensor) -> Tensor:
     """A view with leading ones: [1 or B, 1 or L, 1 or D]."""
-    return a if a.ndim == 3 else a.view((1,) * (3 - a.ndim) + a.shape)
+    return a if a.ndim == 3 else a.view(*(1,) * (3 - a.ndim), *a.shape)
 
 
 def _state(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
