@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import kexue_kernels as kk
-from kexue_kernels.scan import blocked_linear_scan, triton_linear_scan
-from kexue_kernels.scan.triton_chained_scan import new_chain
+from kexue_kernels.scan import blocked_linear_scan, triton_chained_scan, triton_linear_scan
+from kexue_kernels.scan.triton_chained_scan import await_runs, last_row, new_chain, scan_runs
 from kexue_kernels.scan.triton_linear_scan import Config, Problem, configure
+from kexue_kernels.triton_common import pack
 from tests.scan.cases import ALL, Case, check, error, packed
 
 # Tiles of 4 steps, and spans of 2 groups of 2 chunks: 17 steps cross every kind of border.
@@ -65,6 +68,36 @@ def test_a_nan_of_any_payload_passes_through_the_chain(monkeypatch: pytest.Monke
     b[0, 0, 0] = nan
     h = kk.linear_scan(nan.expand(1, 17, 2), b, backend="triton")
     assert h.isnan().all()
+
+
+@triton.jit
+def _compose_kernel(chain_ptr, out_ptr, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
+    rows = tl.arange(0, ROWS)[:, None]
+    a, b = await_runs(chain_ptr, rows, rows > 0, columns, D, False)
+    a, b = scan_runs(a, b)
+    out_ptrs = out_ptr + columns
+    tl.store(out_ptrs, pack(last_row(a, ROWS, BLOCK_D), tl.float32), mask=columns < D)
+    tl.store(out_ptrs + D, pack(last_row(b, ROWS, BLOCK_D), tl.float32), mask=columns < D)
+
+
+def test_a_chunk_waits_for_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row more is published before each poll; row 0, not wanted, never is."""
+    chain, out = new_chain(4, 3, 2, torch.device("cpu")), torch.full((2, 3), torch.nan)
+    a, b = torch.rand(2, 4, 3)
+    unpublished = [3, 1, 2]
+    poll = triton_chained_scan._poll
+
+    def publish_and_poll(*args: Any) -> Any:
+        row = unpublished.pop(0)
+        chain[1 + row] = torch.stack([a[row], b[row]], -1).view(torch.int64)[:, 0]
+        return poll(*args)
+
+    monkeypatch.setattr(triton_chained_scan, "_poll", publish_and_poll)
+    _compose_kernel[(1,)](chain, out, 3, 4, 4)
+    assert not unpublished
+    torch.testing.assert_close(out[0], a[1:].prod(0))
+    torch.testing.assert_close(out[1], (b[1] * a[2] + b[2]) * a[3] + b[3])
 
 
 @pytest.mark.parametrize("window", [2, 8])
