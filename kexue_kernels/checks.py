@@ -9,6 +9,7 @@ from torch import Tensor
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 REAL = (*HALF_AND_SINGLE, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
+FLOATING = REAL + COMPLEX
 DOUBLE = (torch.float64, torch.complex128)
 INDEX = (torch.int32, torch.int64)
 
@@ -55,6 +56,8 @@ def device(name: str, value: Tensor, expected: torch.device, owner: str) -> None
 
 
 def broadcasts(name: str, value: Tensor, to: Tensor, owner: str) -> None:
+    if value.shape == to.shape:
+        return
     fits = value.ndim <= to.ndim and all(
         size == 1 or size == full
         for size, full in zip(reversed(value.shape), reversed(to.shape), strict=False)

@@ -15,6 +15,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 Function = Callable[..., Any]
 
+# Not the subclasses of Tensor, such as fake ones, which dispatch in their own way.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
 
 def operator(
     schema: str,
@@ -65,14 +68,9 @@ class Operator:
             return self.transformed(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self.overload(*args)
-        if torch._C._len_torch_dispatch_stack() or not all(map(_is_plain, args)):
+        if torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args)):
             return self.overload(*args)
         return self.implementation(*args)  # nobody watches: spares some 20 us of dispatch
-
-
-def _is_plain(x: object) -> bool:
-    """Not a tensor of a subclass, such as a fake one, which dispatches in its own way."""
-    return not isinstance(x, torch.Tensor) or type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _is_transformed() -> bool:

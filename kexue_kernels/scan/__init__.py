@@ -92,7 +92,7 @@ def _check_linear_scan(
     cu_seqlens: Tensor | None,
     return_final_state: bool,
 ) -> None:
-    checks.dtype("b", b, checks.REAL + checks.COMPLEX)
+    checks.dtype("b", b, checks.FLOATING)
     checks.ndim("b", b, 3, "[B, L, D]")
     checks.dtype("a", a, (b.dtype,))
     checks.device("a", a, b.device, "b")
