@@ -62,6 +62,8 @@ def configure(problem: Problem, multiprocessors: int) -> Config:
     longest = 16 if not p.backward and (p.invariant or size == 4) else 8
     if size == 2 and not p.paired:  # each half takes a register of its own
         longest //= 2
+    if p.packed and p.backward:  # finding the sequence takes registers too
+        longest //= 2
     typical = triton.cdiv(p.L, p.sequences) if p.packed else p.L
     RUN = min(longest, triton.next_power_of_2(triton.cdiv(typical, RUNS)))
     chunks = triton.cdiv(p.L, RUN * RUNS)
