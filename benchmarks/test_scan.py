@@ -1,4 +1,4 @@
-"""The quick cases of linear_scan under pytest-benchmark: pytest benchmarks/ --benchmark-only."""
+"""The scan family's quick cases under pytest-benchmark: pytest benchmarks/ --benchmark-only."""
 
 import functools
 
@@ -20,7 +20,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("case", "contestant"), PAIRS)
-def test_linear_scan(benchmark: BenchmarkFixture, case: Case, contestant: Contestant) -> None:
+def test_scan(benchmark: BenchmarkFixture, case: Case, contestant: Contestant) -> None:
     if absence := contestant.absence():
         pytest.skip(": ".join(absence))
     if contestant.slow:

@@ -16,6 +16,11 @@ INDEX = (torch.int32, torch.int64)
 _STATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype beside real data of `dtype`."""
+    return torch.complex128 if dtype in DOUBLE else torch.complex64
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that accumulates and carries states for data of `dtype`."""
     return _STATE.get(dtype, dtype)
@@ -48,6 +53,13 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], axes: str) -> Non
         raise ValueError(
             f"{name}: expected shape {axes} = {list(expected)}, got {list(value.shape)}"
         )
+
+
+def like(name: str, value: Tensor, other: Tensor, owner: str, axes: str) -> None:
+    """The dtype, shape and device of `other`."""
+    dtype(name, value, (other.dtype,))
+    shape(name, value, tuple(other.shape), axes)
+    device(name, value, other.device, owner)
 
 
 def device(name: str, value: Tensor, expected: torch.device, owner: str) -> None:

@@ -30,7 +30,8 @@ def operator(
     """Decorate the implementation of `schema` ("name(Tensor x, ...) -> ..."), for all devices.
 
     `fake` allocates the outputs as the implementation does, without computing them; the
-    others are torch.library's. The decorated function becomes the new `Operator`.
+    others are torch.library's; without `vmap`, the mapped calls are made one by one. The
+    decorated function becomes the new `Operator`.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
@@ -43,9 +44,8 @@ def operator(
             torch.library.register_autograd(
                 qualified, backward, setup_context=setup_context, lib=_library
             )
-        if vmap is not None:
-            torch.library.register_vmap(qualified, vmap, lib=_library)
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        torch.library.register_vmap(qualified, vmap or _one_by_one(overload), lib=_library)
 
         transformed = _transformable(overload, setup_context, backward)
         return Operator(overload, transformed, implementation)
@@ -71,6 +71,49 @@ class Operator:
         if torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args)):
             return self.overload(*args)
         return self.implementation(*args)  # nobody watches: spares some 20 us of dispatch
+
+
+def refuse_vmap(reason: str) -> Function:
+    """A batching rule for an operator that has none."""
+
+    def rule(*_: Any) -> Any:
+        raise RuntimeError(f"torch.vmap can't map over this: {reason}")
+
+    return rule
+
+
+def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The setup_context of an operator whose gradient is refused."""
+
+
+def refuse_gradient(what: str) -> Function:
+    """The backward of an operator that has none: no gradient is silently dropped."""
+
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(f"{what} can't be differentiated; backend='reference' can")
+
+    return backward
+
+
+def _one_by_one(overload: Function) -> Function:
+    """A batching rule: one call for each index of the mapped axes, all results stacked."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def of(index: int) -> Any:
+            return overload(
+                *(
+                    arg if dim is None else arg.select(dim, index)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+
+        results = [of(index) for index in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
 
 
 def _is_transformed() -> bool:

@@ -1,10 +1,10 @@
 """Make the virtual environment ready: PyTorch, the other requirements, this project built in.
 
-    setup_environment.py FOLDER [EXTRA ...]
+    setup_environment.py [--cpu] FOLDER [EXTRA ...]
 
 The Makefile runs it before anything else, with any Python 3.11 or newer; when everything is
-current it returns at once. The extras [test] and [bench] are always in. Which PyTorch the
-environment gets:
+current it returns at once. With --cpu, an extension without CUDA will do where there is no
+NVIDIA driver. The extras [test] and [bench] are always in. Which PyTorch the environment gets:
 
 1. Where there is an NVIDIA driver and this Python has a suitable PyTorch with CUDA: that one.
 2. Else the pinned one, by pip; without a driver its CPU build, where pip finds one.
@@ -243,10 +243,11 @@ def provide_extras(environment: Environment, names: list[str]) -> None:
         sys.exit(f"could not be installed: {', '.join(missing)}")
 
 
-def build_project(environment: Environment) -> None:
+def build_project(environment: Environment, cuda: str) -> None:
     log = environment.folder / "build.log"
-    say(f"building the extension and installing the project (a minute or more; log: {log})")
+    say(f"building the extension and installing the project (minutes; log: {log})")
     options = ("--no-deps", "--no-index", "--no-build-isolation", "--verbose", "--editable")
+    os.environ["KEXUE_BUILD_CUDA"] = cuda
     if not environment.pip(*options, ".", log=log):
         sys.exit(f"{_tail(log)}\nthe project could not be installed")
     ask = "from kexue_kernels import _extension; print(_extension.load().reason)"
@@ -255,12 +256,26 @@ def build_project(environment: Environment) -> None:
         say(f"{_tail(log)}\ngoing on without the extension: {reason}")
 
 
+def project_fingerprint(cuda: str) -> str:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    return fingerprint(
+        [ROOT / "setup.py", ROOT / "kexue_kernels" / "_version.py", *sources],
+        repr(pyproject()["build-system"]),
+        repr(pyproject()["project"]["scripts"]),
+        cuda,
+        *variables("KEXUE_CUDA_ARCHS", "CC", "CXX", "CFLAGS", "CXXFLAGS"),
+    )
+
+
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
 
 
 def main() -> None:
-    folder, *extras = sys.argv[1:] or [".venv"]
+    arguments = sys.argv[1:]
+    if cpu_will_do := "--cpu" in arguments:
+        arguments.remove("--cpu")
+    folder, *extras = arguments or [".venv"]
     environment = Environment(Path(folder).resolve())
     requirements = fingerprint(
         [ROOT / "pyproject.toml", Path(__file__).resolve()],
@@ -273,16 +288,13 @@ def main() -> None:
     if extras:
         provide_extras(environment, extras)
 
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    project = fingerprint(
-        [ROOT / "setup.py", ROOT / "kexue_kernels" / "_version.py", *sources],
-        repr(pyproject()["build-system"]),
-        repr(pyproject()["project"]["scripts"]),
-        *variables("KEXUE_BUILD_CUDA", "KEXUE_CUDA_ARCHS", "CC", "CXX", "CFLAGS", "CXXFLAGS"),
-    )
-    if environment.state.get("project") != project:
-        build_project(environment)
-        environment.save(project=project)
+    asked = os.environ.get("KEXUE_BUILD_CUDA", "auto")
+    enough = [asked]
+    if cpu_will_do and asked == "auto" and not has_nvidia_driver():
+        enough = ["0", asked]
+    if environment.state.get("project") not in map(project_fingerprint, enough):
+        build_project(environment, enough[0])
+        environment.save(project=project_fingerprint(enough[0]))
         say("ready")
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kexue_kernels import _extension
-from kexue_kernels.scan import operators
+from kexue_kernels import _extension, launchers
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,14 +37,14 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where the extension was not built."""
     absent = _extension.Extension(None, "removed for a test", False)
     monkeypatch.setattr(_extension, "load", lambda: absent)
-    operators.launcher.cache_clear()
+    launchers.launcher.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def fresh_choices() -> Iterator[None]:
     """Each test chooses its backends anew: tests take backends away."""
     yield
-    operators.launcher.cache_clear()
+    launchers.launcher.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import kexue_kernels as kk
-from kexue_kernels import _extension, dispatch
-from kexue_kernels.scan import blocked_linear_scan, operators
+from kexue_kernels import _extension, dispatch, launchers
+from kexue_kernels.scan import blocked_linear_scan
 
 x = torch.randn(1, 5, 2)
 
@@ -54,11 +54,11 @@ def test_triton_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_use_backend_is_what_auto_means() -> None:
     calls: list[str] = []
 
-    def spy(op: str, backend: str, *rest: object) -> object:
+    def spy(family: str, op: str, backend: str, *rest: object) -> object:
         calls.append(backend)
         return blocked_linear_scan
 
-    original, operators.launcher = operators.launcher, spy
+    original, launchers.launcher = launchers.launcher, spy
     try:
         with kk.use_backend("triton"):
             kk.linear_scan(x, x)
@@ -70,7 +70,7 @@ def test_use_backend_is_what_auto_means() -> None:
             thread.join()
         kk.linear_scan(x, x)
     finally:
-        operators.launcher = original
+        launchers.launcher = original
     assert calls == ["triton", "cpu", "cpu", "auto", "auto"]
 
 

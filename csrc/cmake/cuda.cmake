@@ -3,6 +3,7 @@
 file(GLOB cuda_sources CONFIGURE_DEPENDS */*_cuda.cu)
 file(GLOB cuda_binding_sources CONFIGURE_DEPENDS RELATIVE ${CMAKE_CURRENT_SOURCE_DIR}
      */bindings_cuda.cpp)
+file(GLOB more_cuda_binding_sources CONFIGURE_DEPENDS */*_bindings_cuda.cpp)
 set(cuda_found OFF)
 set(cuda_archs "")
 set(cuda_families "")
@@ -56,7 +57,8 @@ if(cuda_found)
   list(APPEND cuda_archs "compute_${newest}")
 
   set_source_files_properties(${cuda_sources} PROPERTIES COMPILE_OPTIONS "${gencode}")
-  target_sources(_C PRIVATE ${cuda_sources} ${cuda_binding_sources})
+  target_sources(
+    _C PRIVATE ${cuda_sources} ${cuda_binding_sources} ${more_cuda_binding_sources})
   target_compile_definitions(_C PRIVATE KEXUE_WITH_CUDA)
   set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES OFF CUDA_VISIBILITY_PRESET hidden
                                       CUDA_RUNTIME_LIBRARY Static)

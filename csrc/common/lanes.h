@@ -229,6 +229,14 @@ KEXUE_INLINE Shorts<N> encode(Floats<N> x, F16) {
   return narrow<N>((x == x ? ordered : quiet) | (bits >> 16 & 0x8000u));
 }
 
+// call(Item{}), Item being what a real dtype is in memory.
+template <class Call>
+KEXUE_INLINE void with_real(DType dtype, Call call) {
+  if (dtype == DType::bf16) return call(Bf16{});
+  if (dtype == DType::f16) return call(F16{});
+  call(float{});
+}
+
 // ---- load and store
 
 template <int N>

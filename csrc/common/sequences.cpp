@@ -52,10 +52,10 @@ int64_t Sequences::at(int64_t step) const {
 }
 
 Shares share(const Sequences& sequences, int64_t channels, int64_t channel_bytes, int64_t grain,
-             double summary_cost, int threads) {
+             double summary_cost, int threads, int64_t work) {
   const int64_t steps = sequences.steps();
   const int64_t lines = ceil_div(channels * channel_bytes, kLineBytes);
-  const int64_t most = std::clamp<int64_t>(steps * channels / kLeastWork, 1, threads);
+  const int64_t most = std::clamp<int64_t>(steps * channels * work / kLeastWork, 1, threads);
   int64_t ranges = 1;
   Chunking best{1, 1, 0, 2};
   for (int64_t r = 1; r <= std::min(most, lines); ++r) {

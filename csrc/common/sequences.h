@@ -31,9 +31,10 @@ struct Shares {
 
 // Chunks that begin amid a sequence need what the ones before make of their entering states: a
 // summary of each, all but the first's and last's, at `summary_cost` of a step's full cost. Such
-// cuts are at multiples of `grain` steps of their sequence.
+// cuts are at multiples of `grain` steps of their sequence. `work`, in multiply-adds a step and
+// channel, tells how many threads are worth waking.
 Shares share(const Sequences& sequences, int64_t channels, int64_t channel_bytes, int64_t grain,
-             double summary_cost, int threads);
+             double summary_cost, int threads, int64_t work = 1);
 
 // Calls job(i) for each i < count, on as many threads as there are jobs.
 template <class Job>

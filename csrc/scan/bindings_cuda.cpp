@@ -8,6 +8,11 @@
 namespace py = pybind11;
 
 namespace kexue {
+
+namespace selective {
+void bind_cuda(py::module_&);
+}
+
 namespace {
 
 using Address = uintptr_t;
@@ -65,6 +70,7 @@ void backward(const Sizes& sizes, Address cu_seqlens, bool reverse, int dtype, c
 }  // namespace
 
 void bind_scan_cuda(py::module_& m) {
+  selective::bind_cuda(m);
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def("linear_scan_cuda_steps_per_warp", &linear_scan_steps_per_warp, py::arg("backward"));
   m.def("linear_scan_cuda_cut", &cut, "(chunks, bytes of workspace)", py::arg("sizes"),

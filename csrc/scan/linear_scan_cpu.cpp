@@ -290,12 +290,8 @@ KEXUE_INLINE void for_panels(int64_t channels, bool gathered, Call call) {
 
 template <class Call>
 KEXUE_INLINE void with_item(DType dtype, Call call) {
-  switch (dtype) {
-    case DType::f32: return call(float{});
-    case DType::bf16: return call(Bf16{});
-    case DType::f16: return call(F16{});
-    case DType::c64: return call(Complex{});
-  }
+  if (dtype == DType::c64) return call(Complex{});
+  with_real(dtype, call);
 }
 
 bool gathered(const Rows& rows) { return rows.data && rows.channel != 1; }

@@ -56,3 +56,22 @@ def scratch(tensor_bytes: int, tensors: float = 0.25) -> Goal:
 
     text = f"beyond results at most {tensors:g} of a [B, L, D] tensor"
     return Goal(text, measure, tensors, at_least=False)
+
+
+def elements_per_second(elements: int, least: float) -> Goal:
+    def measure(_: CaseResult, best: Measurement) -> float | None:
+        return None if best.seconds is None else elements / best.seconds
+
+    return Goal(f"at least {least:.1e} elements/s", measure, least)
+
+
+def leaner(peer: str, times: float) -> Goal:
+    """Peak memory of a call beside a peer's."""
+
+    def measure(result: CaseResult, best: Measurement) -> float | None:
+        peaks = [m.peak_bytes for m in result.contestants if m.name == peer]
+        if not peaks or not peaks[0] or best.peak_bytes is None:
+            return None
+        return best.peak_bytes / peaks[0]
+
+    return Goal(f"at most {times:g}x {peer}'s peak memory", measure, times, at_least=False)

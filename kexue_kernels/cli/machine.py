@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kexue_kernels import _extension, backends
+from kexue_kernels import _extension, backends, launchers
 
 GPU_RUNS = Path(__file__).with_name("gpu_runs.json")
 
@@ -129,4 +129,5 @@ def gpu_runs(ops: Mapping[str, list[str]]) -> list[dict[str, Any]]:
         for family, names in ops.items()
         for op in names
         for backend in ("triton", "cuda")
+        if launchers.implements(family, op, backend)
     ]

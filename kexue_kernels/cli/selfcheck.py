@@ -10,17 +10,17 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from kexue_kernels import backends, dispatch
+from kexue_kernels import backends, dispatch, launchers
 from kexue_kernels.cli.checking import Checker, Result
 from kexue_kernels.cli.options import Family, Json, chosen_families, one_of, print_json
-from kexue_kernels.cli.selfcheck_cases import cases
+from kexue_kernels.cli.selfcheck_cases import Case, cases
 
 CHECKED = tuple(name for name in dispatch.NAMES if name != "reference")
 
 
 class Skipped(NamedTuple):
     backend: str
-    cases: str  # "all" or "long"
+    cases: str  # "all", "long" or an op's
     reason: str
 
 
@@ -38,6 +38,7 @@ def selfcheck(
     skipped = [Skipped(name, "all", states[name].reason) for name in wanted if name not in running]
     if any(_interpreted(name) for name in running):
         skipped.append(Skipped("triton", "long", "Triton's interpreter would take minutes"))
+    skipped += _without_kernels(families, running)
     results = _run(families, running, Console(stderr=True))
     asked_in_vain = backend is not None and backend not in running
     ok = all(result.ok for result in results) and not asked_in_vain
@@ -50,16 +51,33 @@ def selfcheck(
 
 
 def _run(families: list[str], running: list[str], console: Console) -> list[Result]:
-    every = [case for family in families for case in cases(family)]
+    every = [(family, case) for family in families for case in cases(family)]
     results = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking", total=len(every))
-        for case in every:
+        for family, case in every:
             checker = Checker(case)
-            chosen = [name for name in running if case.interpreted or not _interpreted(name)]
+            chosen = [name for name in running if _serves(name, family, case)]
+            chosen = [name for name in chosen if case.interpreted or not _interpreted(name)]
             results += [checker.check(name, _device(name)) for name in chosen]
             progress.advance(task)
     return results
+
+
+def _serves(backend: str, family: str, case: Case) -> bool:
+    """The cpu backend serves every op, if need be in plain PyTorch."""
+    return backend == "cpu" or launchers.implements(family, case.kernels or case.op, backend)
+
+
+def _without_kernels(families: list[str], running: list[str]) -> list[Skipped]:
+    unserved = {
+        (backend, case.op)
+        for family in families
+        for case in cases(family)
+        for backend in running
+        if not _serves(backend, family, case)
+    }
+    return [Skipped(backend, op, "it has no kernels for it") for backend, op in sorted(unserved)]
 
 
 def _interpreted(backend: str) -> bool:

@@ -1,5 +1,15 @@
-"""Modules with state, one file a family."""
+"""Modules with state, a folder for each family."""
 
-from kexue_kernels.nn.scan import LRU
+from kexue_kernels.nn.scan import LRU, RGLRU, S4D, MambaMixer, MambaState
+from kexue_kernels.nn.vq import FSQ, ResidualVQ, VectorQuantizer
 
-__all__ = ["LRU"]
+__all__ = [
+    "FSQ",
+    "LRU",
+    "RGLRU",
+    "S4D",
+    "MambaMixer",
+    "MambaState",
+    "ResidualVQ",
+    "VectorQuantizer",
+]

@@ -23,15 +23,26 @@ def readable(name: str) -> str:
 
 
 def scan(name: str) -> Cost | None:
-    """linear_scan, `a` of b's shape: reads a, b and writes h, or reads a, h, grad_h and writes
-    grad_a, grad_b; one multiply-add a step, and in the backward one product more."""
     found = _DTYPE.search(name)
     if found is None:
         return None
-    dtype, size = DTYPES[found[1]]
-    backward = "backward" in name
+    if "selective_state_update" in name:
+        return Cost(8, 6)  # a state, in float32: read and written
+    cost = _selective_scan if "selective_scan" in name else _linear_scan
+    return cost(*DTYPES[found[1]], "backward" in name)
+
+
+def _linear_scan(dtype: str, size: int, backward: bool) -> Cost:
+    """`a` of b's shape: reads a, b and writes h, or reads a, h, grad_h and writes grad_a,
+    grad_b; one multiply-add a step, and in the backward one product more."""
     product, multiply_add = (6, 8) if dtype == "c64" else (1, 2)
     return Cost(size * (5 if backward else 3), multiply_add + product * backward)
+
+
+def _selective_scan(_dtype: str, size: int, backward: bool, n: int = 16) -> Cost:
+    """u, delta, z and out, or these and their gradients; n states an element, B and C shared by
+    all channels."""
+    return Cost(size * 7, 20 * n + 30) if backward else Cost(size * 4, 6 * n + 12)
 
 
 COSTS: Mapping[str, Callable[[str], Cost | None]] = {"scan": scan}

@@ -11,40 +11,19 @@ the two operators below; it is given non-empty plain tensors: `a` [1 or B, 1 or 
 states contiguous in the state's dtype, cu_seqlens int64 and contiguous.
 """
 
-import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kexue_kernels import _extension, dispatch, registry
-from kexue_kernels.checks import DOUBLE, cu_seqlens_values, state_dtype
+from kexue_kernels import registry
+from kexue_kernels.checks import cu_seqlens_values, state_dtype
+from kexue_kernels.launchers import launcher_of
 from kexue_kernels.scan.batching import fold_of, logical_shape
 from kexue_kernels.scan.shift import previous, previous_adjoint
 
 
-def _launcher(op: str, backend: str, b: Tensor) -> ModuleType:
-    return launcher(op, dispatch.resolve(backend), b.device, b.dtype)
-
-
-@functools.cache  # choosing anew would cost more than a small scan
-def launcher(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that serves `op` here; "auto" is the fastest that can."""
-
-    def reasons() -> list[str]:
-        wide = dtype in DOUBLE
-        return [f"{dtype} is served by the reference alone"] if wide else []
-
-    each = dict.fromkeys(("cpu", "triton", "cuda"), reasons)
-    name = dispatch.choose(op, backend, device, each)
-    if name == "reference" or (name == "cpu" and _extension.load().module is None):
-        name = "blocked"
-    return importlib.import_module(f"kexue_kernels.scan.{name}_{op}")
-
-
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
     """Without lazy conjugation or negation, which a pointer does not show."""
     return x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x
 
@@ -54,11 +33,11 @@ def _three(a: Tensor) -> Tensor:
     return a if a.ndim == 3 else a.view(*(1,) * (3 - a.ndim), *a.shape)
 
 
-def _state(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else _plain(x.to(state_dtype(dtype))).contiguous()
+def as_state(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else plain(x.to(state_dtype(dtype))).contiguous()
 
 
-def _bounds(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+def bounds(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     """cu_seqlens as int64, its values checked where reading them costs no synchronisation."""
     if cu_seqlens is None:
         return None
@@ -67,7 +46,7 @@ def _bounds(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     return cu_seqlens.to(torch.int64).contiguous()
 
 
-def _sequences(b: Tensor, cu_seqlens: Tensor | None) -> int:
+def sequences(b: Tensor, cu_seqlens: Tensor | None) -> int:
     return b.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
@@ -80,7 +59,7 @@ def _forward_fake(
     return_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    rows = _sequences(b, cu_seqlens) if return_final_state else 0
+    rows = sequences(b, cu_seqlens) if return_final_state else 0
     return b.new_empty(b.shape), b.new_empty((rows, b.shape[2]), dtype=state_dtype(b.dtype))
 
 
@@ -95,7 +74,7 @@ def _backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     D = grad_h.shape[2]
-    rows = 0 if initial_state is None else _sequences(grad_h, cu_seqlens)
+    rows = 0 if initial_state is None else sequences(grad_h, cu_seqlens)
     grad_a = a.new_empty((0,) if h is None else a.shape)
     grad_initial = grad_h.new_empty((rows, D), dtype=state_dtype(grad_h.dtype))
     return grad_a, grad_h.new_empty(grad_h.shape), grad_initial
@@ -224,10 +203,10 @@ def linear_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """h [B, L, D] and the final state, which has no rows unless asked for."""
-    a, b = _three(_plain(a)), _plain(b)
-    initial_state = _state(initial_state, b.dtype)
-    cu_seqlens = _bounds(cu_seqlens, b.shape[1])
-    launcher = _launcher("linear_scan", backend, b)
+    a, b = _three(plain(a)), plain(b)
+    initial_state = as_state(initial_state, b.dtype)
+    cu_seqlens = bounds(cu_seqlens, b.shape[1])
+    launcher = launcher_of("scan", "linear_scan", backend, b)
     if b.numel() == 0:
         h, final_state = _forward_fake(
             a, b, initial_state, cu_seqlens, reverse, return_final_state, backend
@@ -259,12 +238,12 @@ def linear_scan_backward(
     """Gradients in `a`'s shape (empty without `h`), in b's, and in the state's dtype (no rows
     without an initial state). `reverse` is the forward's."""
     shape = a.shape
-    a, grad_h = _three(_plain(a)), _plain(grad_h)
-    h = None if h is None else _plain(h)
-    initial_state = _state(initial_state, grad_h.dtype)
-    grad_final = _state(grad_final, grad_h.dtype)
-    cu_seqlens = _bounds(cu_seqlens, grad_h.shape[1])
-    launcher = _launcher("linear_scan", backend, grad_h)
+    a, grad_h = _three(plain(a)), plain(grad_h)
+    h = None if h is None else plain(h)
+    initial_state = as_state(initial_state, grad_h.dtype)
+    grad_final = as_state(grad_final, grad_h.dtype)
+    cu_seqlens = bounds(cu_seqlens, grad_h.shape[1])
+    launcher = launcher_of("scan", "linear_scan", backend, grad_h)
     if grad_h.numel() == 0:
         grad_initial = _empty_grad_initial(initial_state, grad_h, grad_final)
         return a.new_zeros(0 if h is None else shape), torch.empty_like(grad_h), grad_initial

@@ -58,13 +58,13 @@ def then(a1, b1, a2, b2):
 
 
 @triton.jit
-def _then_real(a1, b1, a2, b2):
+def then_real(a1, b1, a2, b2):
     a, b = then((a1,), (b1,), (a2,), (b2,))
     return a[0], b[0]
 
 
 @triton.jit
-def _then_complex(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
+def then_complex(a1_re, a1_im, b1_re, b1_im, a2_re, a2_im, b2_re, b2_im):
     a, b = then((a1_re, a1_im), (b1_re, b1_im), (a2_re, a2_im), (b2_re, b2_im))
     return a[0], a[1], b[0], b[1]
 
@@ -81,10 +81,10 @@ def column_sums(x):
 def scan_runs(a, b):
     """For runs [RUNS, D]: what each and all those before it do."""
     if len(a) == 2:
-        found = tl.associative_scan((a[0], a[1], b[0], b[1]), 0, _then_complex)
+        found = tl.associative_scan((a[0], a[1], b[0], b[1]), 0, then_complex)
         return (found[0], found[1]), (found[2], found[3])
     else:
-        found = tl.associative_scan((a[0], b[0]), 0, _then_real)
+        found = tl.associative_scan((a[0], b[0]), 0, then_real)
         return (found[0],), (found[1],)
 
 

@@ -85,14 +85,15 @@ def test_kernels_say_whether_a_gpu_has_run_them(
     runs.write_text("[]")
     kernels = facts()["gpu_kernels"]
     assert [(k["family"], k["op"], k["backend"], k["devices"]) for k in kernels] == [
-        ("scan", "linear_scan", "triton", []),
-        ("scan", "linear_scan", "cuda", []),
+        ("scan", op, backend, [])
+        for op in ("linear_scan", "selective_scan", "selective_state_update")
+        for backend in ("triton", "cuda")
     ]
-    assert shown(monkeypatch).count(NOT_RUN) == 2
+    assert shown(monkeypatch).count(NOT_RUN) == 6
     entry = {"op": "linear_scan", "backend": "triton", "device": "GPU X", "date": "2020-02-02"}
     runs.write_text(json.dumps([entry]))
     text = shown(monkeypatch)
-    assert text.count(NOT_RUN) == 1
+    assert text.count(NOT_RUN) == 5
     assert "GPU X (2020-02-02)" in text
 
 

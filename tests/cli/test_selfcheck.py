@@ -7,13 +7,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from kexue_kernels import dispatch, families
+from kexue_kernels import dispatch, families, launchers
 from kexue_kernels.cli import app
 from kexue_kernels.cli.checking import Checker
 from kexue_kernels.cli.selfcheck import _device
 from kexue_kernels.cli.selfcheck_cases import Case, cases
 from kexue_kernels.dispatch import BackendStatus
-from kexue_kernels.scan import operators
 
 
 def run(*arguments: str) -> Result:
@@ -27,7 +26,7 @@ def checked(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def cpu_launcher() -> Any:
-    return operators._launcher("linear_scan", "cpu", torch.zeros(1, 1, 1))
+    return launchers.launcher_of("scan", "linear_scan", "cpu", torch.zeros(1, 1, 1))
 
 
 def test_every_op_of_every_family_has_cases() -> None:
@@ -36,7 +35,7 @@ def test_every_op_of_every_family_has_cases() -> None:
 
 
 def test_the_cases_reach_every_option() -> None:
-    made = [case.make() for case in cases("scan")]
+    made = [case.make() for case in cases("scan") if case.op == "linear_scan"]
     dtypes = {inputs["b"].dtype for inputs in made}
     assert dtypes == {torch.float32, torch.bfloat16, torch.float16, torch.complex64}
     assert any(inputs["a"].ndim == 1 for inputs in made)
@@ -46,11 +45,25 @@ def test_the_cases_reach_every_option() -> None:
     assert any("reverse" in case.name for case in cases("scan"))
 
 
+def test_the_cases_reach_every_option_of_the_selective_scan() -> None:
+    made = [case.make() for case in cases("scan") if case.op == "selective_scan"]
+    assert {x["u"].dtype for x in made} == {torch.float32, torch.bfloat16, torch.float16}
+    assert {x["A"].dtype for x in made} == {torch.float32, torch.complex64}
+    assert {x["B"].ndim for x in made} == {2, 3, 4}
+    assert any("cu_seqlens" in x for x in made)
+    assert {"initial_state" in x for x in made} == {True, False}
+    assert any(not x["u"].is_contiguous() for x in made)
+
+
+def linear(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [result for result in report["results"] if result["op"] == "linear_scan"]
+
+
 def test_right_kernels_pass() -> None:
     status, report = checked("--backend", "cpu")
     assert status == 0
     assert report["ok"]
-    assert len(report["results"]) == len(cases("scan"))
+    assert len(report["results"]) == sum(len(cases(family)) for family in families.names())
     assert all(result["ok"] and result["backend"] == "cpu" for result in report["results"])
     assert all(result["error"] <= result["allowed"] for result in report["results"])
     assert report["seconds"] < 60
@@ -61,7 +74,8 @@ def test_triton_passes() -> None:
     status, report = checked("--backend", "triton")
     assert (status, report["ok"]) == (0, True)
     assert len(report["results"]) == sum(case.interpreted for case in cases("scan")) > 10
-    assert [(each["backend"], each["cases"]) for each in report["skipped"]] == [("triton", "long")]
+    skipped = [(each["backend"], each["cases"]) for each in report["skipped"]]
+    assert skipped == [("triton", "long"), *(("triton", op) for op in families.ops("vq"))]
 
 
 def test_blocked_pytorch_passes(without_extension: None) -> None:
@@ -82,7 +96,7 @@ def test_one_wrong_value_is_a_miss(cpu_launcher: Any, monkeypatch: pytest.Monkey
     assert status == 1
     assert not report["ok"]
     missed = [result for result in report["results"] if not result["ok"]]
-    assert len(missed) == len(report["results"])
+    assert missed == linear(report)
     text = run("--backend", "cpu")
     assert text.exit_code == 1
     assert "missed" in text.stdout
@@ -99,7 +113,7 @@ def test_one_wrong_gradient_is_a_miss(cpu_launcher: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(cpu_launcher, "backward", wrong)
     status, report = checked("--backend", "cpu")
     assert status == 1
-    assert {result["worst"] for result in report["results"]} == {"grad b"}
+    assert {result["worst"] for result in linear(report)} == {"grad b"}
 
 
 def test_a_kernel_that_raises_is_a_miss(cpu_launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +123,7 @@ def test_a_kernel_that_raises_is_a_miss(cpu_launcher: Any, monkeypatch: pytest.M
     monkeypatch.setattr(cpu_launcher, "forward", broken)
     status, report = checked("--backend", "cpu")
     assert status == 1
-    assert all("the launch [failed]" in result["failure"] for result in report["results"])
+    assert all("the launch [failed]" in result["failure"] for result in linear(report))
     monkeypatch.setenv("COLUMNS", "200")
     assert "the launch [failed]" in run("--backend", "cpu").stdout
 

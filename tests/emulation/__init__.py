@@ -17,13 +17,13 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
-def build(folder: Path) -> ModuleType:
-    """Compile and load module.cpp, which has what kexue_kernels._C has of CUDA."""
+def build(folder: Path, source: str = "module.cpp", name: str = "kexue_emulated") -> ModuleType:
+    """Compile and load a source, which has some of what kexue_kernels._C has of CUDA."""
     import pybind11
 
     cxx = compiler()
     assert cxx is not None
-    library = folder / f"kexue_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [
         ROOT / "csrc",
         ROOT / "tests/emulation",
@@ -32,12 +32,12 @@ def build(folder: Path) -> ModuleType:
     ]
     flags = ["-std=c++20", "-Og", "-Wall", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
     command = [cxx, *flags, "-fPIC", "-shared", "-pthread", *(f"-I{path}" for path in includes)]
-    source = ROOT / "tests/emulation/module.cpp"
-    result = subprocess.run([*command, source, "-o", library], capture_output=True, text=True)
+    command += [str(ROOT / "tests/emulation" / source), "-o", str(library)]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{cxx} failed: {result.stderr}")
-    loader = importlib.machinery.ExtensionFileLoader("kexue_emulated", str(library))
-    spec = importlib.util.spec_from_loader("kexue_emulated", loader)
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

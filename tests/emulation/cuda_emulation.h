@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,8 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #define KEXUE_DEVICE inline
@@ -110,7 +113,7 @@ class Block {
   std::vector<Warp> warps;
   int64_t index = 0;
   int pace = 1;
-  alignas(16) std::array<std::byte, 48 << 10> shared;
+  alignas(16) std::array<std::byte, 100 << 10> shared;
 
  private:
   static void work() {
@@ -206,10 +209,30 @@ T shuffle_up(const T& x, int delta) {
   const int lane = thread_index() % emulation::kLanes;
   return emulation::exchange(x, [&](auto of) { return of(lane < delta ? lane : lane - delta); });
 }
+inline float shuffle_xor(float x, int mask) {
+  const int lane = thread_index() % emulation::kLanes;
+  return emulation::exchange(x, [&](auto of) { return of(lane ^ mask); });
+}
 inline int64_t broadcast(int64_t x, int lane) {
   return emulation::exchange(x, [&](auto of) { return of(lane); });
 }
 
+inline void settle() {}
+inline void prefetch(const void*) {}
+
+inline float* launch_shared() {
+  return reinterpret_cast<float*>(emulation::self.block->shared.data());
+}
+inline Pack load_pack(const void* p) { return load_stream(p); }
+inline void store_pack(void* p, Pack x) {
+  memcpy(__builtin_assume_aligned(p, 16), &x, sizeof x);
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float fused(float x, float y, float z) { return std::fma(x, y, z); }
+inline float nearest(float x) { return std::nearbyint(x); }
+inline float absolute(float x) { return std::abs(x); }
 inline int count_bits(uint32_t x) { return std::popcount(x); }
 inline float float_of_bits(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t bits_of_float(float x) { return std::bit_cast<uint32_t>(x); }
@@ -237,6 +260,15 @@ template <class Args>
 void launch(const char*, void (*kernel)(Args), int64_t blocks, int threads, void*,
             const Args& args) {
   emulation::run_blocks(blocks, threads, [&] { kernel(args); });
+}
+
+template <class Args>
+void launch_with_shared(const char* op, void (*kernel)(Args), int64_t blocks, int threads,
+                        int shared_bytes, void* stream, const Args& args) {
+  if (size_t(shared_bytes) > sizeof(emulation::Block::shared)) {
+    throw std::invalid_argument(std::string(op) + ": more shared memory than there is");
+  }
+  launch(op, kernel, blocks, threads, stream, args);
 }
 
 }  // namespace kexue

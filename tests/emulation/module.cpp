@@ -1,9 +1,12 @@
-// The CUDA part of the extension for a CPU compiler, bindings included, its look-back alone, and
-// how blocks are scheduled.
+// linear_scan's CUDA part of the extension for a CPU compiler, bindings included, its look-back
+// alone, and how blocks are scheduled.
 #include "scan/bindings_cuda.cpp"
 #include "scan/linear_scan_cuda.cu"
 
 namespace kexue {
+
+void selective::bind_cuda(py::module_&) {}  // selective_module.cpp has it
+
 namespace {
 
 struct LookBackArgs {

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import kexue_kernels as kk
-from kexue_kernels import _extension, dispatch
+from kexue_kernels import _extension, dispatch, launchers
 from kexue_kernels.offline import cubins, tools
-from kexue_kernels.scan import blocked_linear_scan, cuda_linear_scan, operators
+from kexue_kernels.scan import blocked_linear_scan, cuda_linear_scan
 from tests import emulation
 from tests.scan.cases import ALL, Case, check, make, packed, run
 
@@ -47,7 +47,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, emulated_module: ModuleType) -> Mo
     monkeypatch.setattr(cuda_linear_scan, "_stream", no_stream)
     monkeypatch.setitem(dispatch._STATUS, "cuda", lambda: dispatch.BackendStatus(True, ""))
     monkeypatch.setattr(dispatch, "_served_devices", lambda _: ("cpu",))
-    operators.launcher.cache_clear()
+    launchers.launcher.cache_clear()
     return emulated_module
 
 

@@ -17,7 +17,8 @@ class Case:
     `make` gives seeded inputs by name, on CPU. `call` runs the op on them (on any device, in
     any dtype) with a backend; what it returns is compared, and so are the gradients of its
     floating outputs in those of its inputs that `differentiable` names. `interpreted` is False
-    where Triton's interpreter, at about a millisecond an element, would take too long.
+    where Triton's interpreter, at about a millisecond an element, would take too long. `kernels`
+    names the op whose kernels serve this one, where that is another.
     """
 
     op: str
@@ -26,6 +27,7 @@ class Case:
     call: Callable[[Tensors, str], dict[str, Tensor]]
     differentiable: tuple[str, ...] = ()
     interpreted: bool = True
+    kernels: str = ""
 
 
 def cases(family: str) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Layers built on the linear recurrences of `kexue_kernels.scan`."""
+"""The Linear Recurrent Unit."""
 
 import math
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue_kernels import checks, dispatch
+from kexue_kernels.nn import arguments
 from kexue_kernels.scan import linear_scan
 
 __all__ = ["LRU"]
@@ -63,10 +64,10 @@ class LRU(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_size("dim", dim)
-        _check_size("state_dim", state_dim)
+        arguments.size("dim", dim)
+        arguments.size("state_dim", state_dim)
         _check_ring(r_min, r_max, max_phase)
-        _check_parameter_dtype(dtype)
+        arguments.parameter_dtype(dtype)
         self.dim, self.state_dim = dim, state_dim
         self.r_min, self.r_max, self.max_phase = float(r_min), float(r_max), float(max_phase)
         self.backend = dispatch.check_name(backend)
@@ -103,7 +104,7 @@ class LRU(nn.Module):
 
     def initial_state(self, batch: int) -> Tensor:
         """Zeros [batch, state_dim]: complex64, or complex128 in a float64 module."""
-        _check_size("batch", batch, smallest=0)
+        arguments.size("batch", batch, smallest=0)
         device = self.D.device
         return torch.zeros(batch, self.state_dim, dtype=self._state_dtype(), device=device)
 
@@ -127,12 +128,10 @@ class LRU(nn.Module):
                 `kexue_kernels.linear_scan`; states are then [N, state_dim].
             return_state: also return the last state, to go on from.
         """
-        self._check_input(x, 3, "[B, L, dim]")
+        arguments.data(x, self.dim, "[B, L, dim]", self.D)
         checks.boolean("return_state", return_state)
-        if cu_seqlens is not None:
-            checks.cu_seqlens(cu_seqlens, x, "x")
+        rows = arguments.state_rows(x, cu_seqlens)
         if state is not None:
-            rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             self._check_state(state, rows)
         found = linear_scan(
             self.eigenvalues(),
@@ -150,7 +149,7 @@ class LRU(nn.Module):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step of generation: (y [B, dim], the next state) from x [B, dim] and the state."""
-        self._check_input(x, 2, "[B, dim]")
+        arguments.data(x, self.dim, "[B, dim]", self.D)
         self._check_state(state, x.shape[0])
         # The products one by one: for few rows, laying out weights anew would cost more.
         real = self._real_dtype()
@@ -177,26 +176,15 @@ class LRU(nn.Module):
         y = F.linear(pairs, weight.flatten(1).to(self.D.dtype))
         return (y + self.D * x).to(x.dtype)
 
-    def _check_input(self, x: Tensor, ndim: int, axes: str) -> None:
-        checks.tensor("x", x)
-        checks.ndim("x", x, ndim, axes)
-        checks.shape("x", x, (*x.shape[:-1], self.dim), axes)
-        checks.device("x", x, self.D.device, "the module")
-        own = self.D.dtype
-        autocast = torch.is_autocast_enabled(x.device.type) and own != torch.float64
-        checks.dtype("x", x, checks.HALF_AND_SINGLE if autocast else (own,))
-
     def _check_state(self, state: Tensor, rows: int) -> None:
-        checks.tensor("state", state)
-        checks.dtype("state", state, (self._state_dtype(),))
-        checks.shape("state", state, (rows, self.state_dim), "[B or N, state_dim]")
-        checks.device("state", state, self.D.device, "the module")
+        shape = (rows, self.state_dim)
+        arguments.state(state, shape, "[B or N, state_dim]", self._state_dtype(), self.D)
 
     def _real_dtype(self) -> torch.dtype:
         return checks.state_dtype(self.D.dtype)
 
     def _state_dtype(self) -> torch.dtype:
-        return torch.complex128 if self.D.dtype == torch.float64 else torch.complex64
+        return checks.complex_dtype(self.D.dtype)
 
     def extra_repr(self) -> str:
         """The sizes, and the backend if it is not "auto"."""
@@ -204,27 +192,12 @@ class LRU(nn.Module):
         return f"{self.dim}, {self.state_dim}{forced}"
 
 
-def _check_size(name: str, value: object, smallest: int = 1) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < smallest:
-        raise ValueError(f"{name}: expected at least {smallest}, got {value}")
-
-
 def _check_ring(r_min: float, r_max: float, max_phase: float) -> None:
     for name, value in (("r_min", r_min), ("r_max", r_max), ("max_phase", max_phase)):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        arguments.number(name, value)
     if not 0 <= r_min <= 1:
         raise ValueError(f"r_min: expected a radius from 0 to 1, got {r_min}")
     if not r_min <= r_max <= 1:
         raise ValueError(f"r_max: expected a radius from r_min = {r_min} to 1, got {r_max}")
     if not 0 < max_phase <= 2 * math.pi:
         raise ValueError(f"max_phase: expected an angle in (0, 2 pi], got {max_phase}")
-
-
-def _check_parameter_dtype(dtype: object) -> None:
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
-    if dtype is not None and dtype not in checks.REAL:
-        raise ValueError(f"dtype: expected a real floating dtype, got {dtype}")

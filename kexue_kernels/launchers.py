@@ -1,0 +1,47 @@
+"""The launcher module that serves an op: `kexue_kernels/<family>/<backend>_<op>.py`.
+
+A backend implements an op by having such a module, so what exists is seen without importing it.
+"blocked" is plain PyTorch in blocks: the cpu backend where the extension is missing or has no
+launcher for the op, and what "auto" takes where no kernel serves.
+"""
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kexue_kernels import _extension, dispatch
+from kexue_kernels.checks import DOUBLE
+
+
+def launcher_of(family: str, op: str, backend: str, data: Tensor) -> ModuleType:
+    return launcher(family, op, dispatch.resolve(backend), data.device, data.dtype)
+
+
+@functools.cache  # choosing anew would cost more than a small call
+def launcher(
+    family: str, op: str, backend: str, device: torch.device, dtype: torch.dtype
+) -> ModuleType:
+    """The module that serves `op` here; "auto" is the fastest that can."""
+
+    def reasons() -> list[str]:
+        wide = dtype in DOUBLE
+        return [f"{dtype} is served by the reference alone"] if wide else []
+
+    kernels = [name for name in ("triton", "cuda") if implements(family, op, name)]
+    name = dispatch.choose(op, backend, device, dict.fromkeys(("cpu", *kernels), reasons))
+    if name == "reference" or (name == "cpu" and not _compiled(family, op)):
+        name = "blocked"
+    return importlib.import_module(f"kexue_kernels.{family}.{name}_{op}")
+
+
+def _compiled(family: str, op: str) -> bool:
+    return _extension.load().module is not None and implements(family, op, "cpu")
+
+
+def implements(family: str, op: str, name: str) -> bool:
+    """Whether a backend has kernels for an op; whether they run here is another matter."""
+    return (Path(__file__).parent / family / f"{name}_{op}.py").exists()

@@ -1,0 +1,90 @@
+"""Checks that the functions of the vq family share."""
+
+import torch
+from torch import Tensor
+
+from kexue_kernels import checks, dispatch
+
+METRICS = ("l2", "cosine", "dot")
+PRECISIONS = ("exact", "fast")
+GRADIENTS = ("ste", "rotation")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def integer(name: str, value: object, smallest: int) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < smallest:
+        raise ValueError(f"{name}: expected at least {smallest}, got {value}")
+
+
+def number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def rows_and_codes(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """x and codebook, after checking them; in one dtype where autocast left them in two."""
+    checks.tensor("x", x)
+    checks.tensor("codebook", codebook)
+    if x.dtype != codebook.dtype and torch.is_autocast_enabled(x.device.type):
+        common = torch.promote_types(x.dtype, codebook.dtype)
+        x, codebook = x.to(common), codebook.to(common)
+    checks.dtype("x", x, checks.REAL)
+    checks.dtype("codebook", codebook, (x.dtype,))
+    checks.device("codebook", codebook, x.device, "x")
+    _check_shapes(x, codebook)
+    return x, codebook
+
+
+def _check_shapes(x: Tensor, codebook: Tensor) -> None:
+    if codebook.ndim not in (2, 3):
+        raise ValueError(
+            f"codebook: expected shape [K, d] or [H, K, d], got {list(codebook.shape)}"
+        )
+    heads, (K, d) = codebook.shape[:-2], codebook.shape[-2:]
+    if K < 1:
+        raise ValueError(f"codebook: expected at least one code, got {list(codebook.shape)}")
+    axes = "[H, ..., d]" if heads else "[..., d]"
+    if x.ndim < 1 + len(heads) or x.shape[-1] != d or x.shape[: len(heads)] != heads:
+        raise ValueError(
+            f"x: expected shape {axes} beside codebook's {list(codebook.shape)}, "
+            f"got {list(x.shape)}"
+        )
+
+
+def indices_of(x: Tensor, indices: Tensor) -> None:
+    """x [..., d] and an index for each of its rows."""
+    checks.tensor("x", x)
+    checks.tensor("indices", indices)
+    checks.dtype("x", x, checks.REAL)
+    if x.ndim < 1:
+        raise ValueError("x: expected shape [..., d], got []")
+    checks.dtype("indices", indices, checks.INDEX)
+    checks.shape("indices", indices, tuple(x.shape[:-1]), "x.shape[:-1]")
+    checks.device("indices", indices, x.device, "x")
+
+
+def indices_in_range(indices: Tensor, num_codes: int) -> None:
+    """Reads the values: on CPU, where that needs no synchronisation."""
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    least, most = (int(x) for x in torch.aminmax(indices))
+    if least < -1 or most >= num_codes:
+        wrong = least if least < -1 else most
+        raise ValueError(f"indices: expected values from -1 to {num_codes - 1}, got {wrong}")
+
+
+def served_by_reference(op: str, x: Tensor, backend: str) -> bool:
+    """Doubles go to the reference."""
+    if backend == "auto" and x.dtype in checks.DOUBLE:
+        if not torch.compiler.is_compiling():
+            dispatch.note_once(f"{op}: {x.dtype} is served by the reference alone")
+        return True
+    return backend == "reference"
