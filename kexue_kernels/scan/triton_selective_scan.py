@@ -49,6 +49,12 @@ def configure(rows: int, L: int, d: int, n: int, parts: int, groups: int, sms: i
     return Config(N, BLOCK_D, RUN, num_warps, chunks * chunk)
 
 
+def run_of(config: Config, keeps_states: bool) -> int:
+    """Steps that the forward reads at once. Stores of kept states hold the loads of a run apart;
+    without them a compiler moves all to the front, and registers last for half as many."""
+    return config.RUN if keeps_states else max(1, config.RUN // 2)
+
+
 class Tile(NamedTuple):
     """Of the backward: a chunk as RUNS runs of RUN steps, by BLOCK_D channels."""
 
@@ -129,7 +135,7 @@ def forward(
             SOFTPLUS=delta_softplus,
             **call.constants,
             CHUNK=chunk_length(call.n),
-            RUN=call.config.RUN,
+            RUN=run_of(call.config, checkpoints is not None),
             N=call.config.N,
             BLOCK_D=call.config.BLOCK_D,
             num_warps=call.config.num_warps,

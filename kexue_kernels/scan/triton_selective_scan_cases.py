@@ -12,6 +12,7 @@ from kexue_kernels.scan.triton_selective_scan import (
     NUM_STAGES,
     configure,
     configure_tile,
+    run_of,
 )
 
 _MODULE = "kexue_kernels.scan.triton_selective_"
@@ -92,7 +93,7 @@ def _forward(v: _Variant) -> TritonCase:
         "SOFTPLUS": given,
         **_constants(v),
         "CHUNK": chunk_length(v.n),
-        "RUN": config.RUN,
+        "RUN": run_of(config, v.checkpoints),
         "N": config.N,
         "BLOCK_D": config.BLOCK_D,
     }

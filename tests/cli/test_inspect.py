@@ -29,7 +29,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture
 def only_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the family shipped the kernels of example_kernels.py, and no extension were built."""
-    monkeypatch.setattr(triton_kernels, "modules", lambda _: [example_kernels.__name__])
+    own = {"scan": [example_kernels.__name__]}
+    monkeypatch.setattr(triton_kernels, "modules", lambda family: own.get(family, []))
     monkeypatch.setattr(cubins, "extension_file", lambda: None)
 
 
