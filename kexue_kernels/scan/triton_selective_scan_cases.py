@@ -45,7 +45,11 @@ class _Variant:
         flags |= {"inference": not self.checkpoints, "packed": self.packed}
         flags |= {"split": self.splits, "strided": self.strided}
         return "-".join(
-            [_NAMES[self.dtype], f"n{self.n}", *(name for name, on in flags.items() if on)]
+            [
+                str(self.dtype).removeprefix("torch."),
+                f"n{self.n}",
+                *(name for name, on in flags.items() if on),
+            ]
         )
 
 
