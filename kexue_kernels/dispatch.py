@@ -57,8 +57,7 @@ def check_name(backend: str) -> str:
 
 def resolve(backend: str) -> str:
     """`backend`, with "auto" replaced by the default of the enclosing `use_backend`."""
-    check_name(backend)
-    if backend == "auto" and not torch.compiler.is_compiling():
+    if check_name(backend) == "auto" and not torch.compiler.is_compiling():
         return _default.get()
     return backend
 

@@ -4,6 +4,7 @@ Registered this way an operator is opaque to torch.compile and costs a few micro
 call; `Operator` keeps it that cheap when nothing has to be recorded for autograd.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,14 +32,15 @@ def operator(
 
     `fake` allocates the outputs as the implementation does, without computing them; the
     others are torch.library's; without `vmap`, the mapped calls are made one by one. The
-    decorated function becomes the new `Operator`.
+    decorated function becomes the new `Operator`. Where nobody asked for an output the
+    implementation may give None: the schema's tensor is then an empty one, `nothing(...)`.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
 
     def decorate(implementation: Function) -> Operator:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        _library.impl(name, _without_none(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
         if backward is not None:
             torch.library.register_autograd(
@@ -71,6 +73,22 @@ class Operator:
         if torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args)):
             return self.overload(*args)
         return self.implementation(*args)  # nobody watches: spares some 20 us of dispatch
+
+
+def nothing(x: torch.Tensor) -> torch.Tensor:
+    """What stands for an output that nobody asked for; `x` is the operator's first argument."""
+    return x.new_empty(0)
+
+
+def _without_none(implementation: Function) -> Function:
+    @functools.wraps(implementation)
+    def complete(*args: Any) -> Any:
+        result = implementation(*args)
+        if not isinstance(result, tuple):
+            return result
+        return tuple(nothing(args[0]) if part is None else part for part in result)
+
+    return complete
 
 
 def refuse_vmap(reason: str) -> Function:

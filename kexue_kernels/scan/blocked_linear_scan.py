@@ -21,7 +21,7 @@ def forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     h = b.new_empty(b.shape)
     B, L, D = b.shape
     bounds = [0, L] if cu_seqlens is None else cu_seqlens.tolist()
@@ -37,7 +37,7 @@ def forward(
             final_state[own] = _scan(
                 a[:, steps], b[:, steps], h[:, steps], initial_state[own], reverse
             )
-    return h, final_state if return_final_state else final_state[:0]
+    return h, final_state if return_final_state else None
 
 
 def backward(
@@ -48,7 +48,7 @@ def backward(
     grad_final: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     time_invariant = a.shape[1] == 1
     a = a.expand(grad_h.shape)
     rows = grad_h.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -56,7 +56,8 @@ def backward(
     # conj_physical: below torch.compile, lazy conjugation is not seen inside an operator
     a_next = torch.conj_physical(previous(a, ones, cu_seqlens, not reverse))
     grad_b, last = forward(a_next, grad_h, grad_final, cu_seqlens, not reverse, True)
-    grad_initial = last[:0]
+    assert last is not None
+    grad_initial = None
     if initial_state is not None:
         grad_initial = last * torch.conj_physical(_first(a, cu_seqlens, reverse))
     if h is None:

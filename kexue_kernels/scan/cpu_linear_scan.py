@@ -22,12 +22,12 @@ def forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     B, L, D = shape = b.shape
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = b.dtype
     h = torch.empty_like(b, memory_format=torch.contiguous_format)  # quicker than torch.empty
-    final_state = torch.empty(rows if return_final_state else 0, D, dtype=state_dtype(dtype))
+    final_state = torch.empty(rows, D, dtype=state_dtype(dtype)) if return_final_state else None
     _C.linear_scan_forward(
         _CODES[dtype],
         torch.get_num_threads(),
@@ -43,7 +43,7 @@ def forward(
         b.stride(),
         h.data_ptr(),
         0 if initial_state is None else initial_state.data_ptr(),
-        final_state.data_ptr(),  # 0 where it has no rows
+        0 if final_state is None else final_state.data_ptr(),
     )
     return h, final_state
 
@@ -56,13 +56,15 @@ def backward(
     grad_final: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """grad_a is [B, L, D], or, where a is time-invariant, float32 sums [B, any, D]."""
     B, L, D = shape = grad_h.shape
     dtype = grad_h.dtype
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     grad_b = torch.empty_like(grad_h, memory_format=torch.contiguous_format)
-    grad_initial = torch.empty(0 if initial_state is None else rows, D, dtype=state_dtype(dtype))
+    grad_initial = None
+    if initial_state is not None:
+        grad_initial = torch.empty(rows, D, dtype=state_dtype(dtype))
     kind, grad_a = _grad_a(a, h, grad_h, rows if cu_seqlens is not None else 1)
     _C.linear_scan_backward(
         _CODES[dtype],
@@ -84,7 +86,7 @@ def backward(
         grad_b.data_ptr(),
         kind,
         0 if grad_a is None else grad_a.data_ptr(),
-        grad_initial.data_ptr(),
+        0 if grad_initial is None else grad_initial.data_ptr(),
     )
     return grad_a, grad_b, grad_initial
 

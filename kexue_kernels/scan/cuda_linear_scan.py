@@ -27,10 +27,10 @@ def forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     call = _prepare(b, cu_seqlens, backward=False)
     h = b.new_empty(b.shape)
-    final_state = _states(b, call.sequences if return_final_state else 0)
+    final_state = _states(b, call.sequences) if return_final_state else None
     with _stream(b.device) as stream:
         _module().linear_scan_cuda_forward(
             sizes=(*b.shape, call.sequences),
@@ -57,11 +57,11 @@ def backward(
     grad_final: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     call = _prepare(grad_h, cu_seqlens, backward=True)
     B, _, D = grad_h.shape
     grad_b = grad_h.new_empty(grad_h.shape)
-    grad_initial = _states(grad_h, 0 if initial_state is None else call.sequences)
+    grad_initial = None if initial_state is None else _states(grad_h, call.sequences)
     time_invariant = a.shape[1] == 1
     grad_a = None
     if h is not None and time_invariant:  # a row of sums from each tile

@@ -59,8 +59,10 @@ def _forward_fake(
     return_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    rows = sequences(b, cu_seqlens) if return_final_state else 0
-    return b.new_empty(b.shape), b.new_empty((rows, b.shape[2]), dtype=state_dtype(b.dtype))
+    h = b.new_empty(b.shape)
+    if not return_final_state:
+        return h, registry.nothing(a)
+    return h, b.new_empty((sequences(b, cu_seqlens), b.shape[2]), dtype=state_dtype(b.dtype))
 
 
 def _backward_fake(
@@ -73,11 +75,12 @@ def _backward_fake(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    D = grad_h.shape[2]
-    rows = 0 if initial_state is None else sequences(grad_h, cu_seqlens)
-    grad_a = a.new_empty((0,) if h is None else a.shape)
-    grad_initial = grad_h.new_empty((rows, D), dtype=state_dtype(grad_h.dtype))
-    return grad_a, grad_h.new_empty(grad_h.shape), grad_initial
+    grad_a = registry.nothing(a) if h is None else a.new_empty(a.shape)
+    grad_b = grad_h.new_empty(grad_h.shape)
+    if initial_state is None:
+        return grad_a, grad_b, registry.nothing(a)
+    states = sequences(grad_h, cu_seqlens), grad_h.shape[2]
+    return grad_a, grad_b, grad_h.new_empty(states, dtype=state_dtype(grad_h.dtype))
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -201,8 +204,8 @@ def linear_scan(
     reverse: bool,
     return_final_state: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """h [B, L, D] and the final state, which has no rows unless asked for."""
+) -> tuple[Tensor, Tensor | None]:
+    """h [B, L, D] and, where asked for, the final state."""
     a, b = _three(plain(a)), plain(b)
     initial_state = as_state(initial_state, b.dtype)
     cu_seqlens = bounds(cu_seqlens, b.shape[1])
@@ -211,8 +214,9 @@ def linear_scan(
         h, final_state = _forward_fake(
             a, b, initial_state, cu_seqlens, reverse, return_final_state, backend
         )
-        passed = torch.zeros_like(final_state) if initial_state is None else initial_state.clone()
-        return h, passed if return_final_state else final_state
+        if not return_final_state:
+            return h, None
+        return h, final_state.zero_() if initial_state is None else initial_state.clone()
     return launcher.forward(a, b, initial_state, cu_seqlens, reverse, return_final_state)
 
 
@@ -234,8 +238,8 @@ def linear_scan_backward(
     cu_seqlens: Tensor | None,
     reverse: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in `a`'s shape (empty without `h`), in b's, and in the state's dtype (no rows
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients in `a`'s shape (None without `h`), in b's, and in the state's dtype (None
     without an initial state). `reverse` is the forward's."""
     shape = a.shape
     a, grad_h = _three(plain(a)), plain(grad_h)
@@ -245,22 +249,15 @@ def linear_scan_backward(
     cu_seqlens = bounds(cu_seqlens, grad_h.shape[1])
     launcher = launcher_of("scan", "linear_scan", backend, grad_h)
     if grad_h.numel() == 0:
-        grad_initial = _empty_grad_initial(initial_state, grad_h, grad_final)
-        return a.new_zeros(0 if h is None else shape), torch.empty_like(grad_h), grad_initial
+        grad_a = None if h is None else a.new_zeros(shape)
+        grad_initial = None  # no step was taken: the initial state went straight to the final one
+        if initial_state is not None:
+            passed = torch.zeros_like(initial_state) if grad_final is None else grad_final
+            grad_initial = passed.clone()
+        return grad_a, torch.empty_like(grad_h), grad_initial
     grad_a, grad_b, grad_initial = launcher.backward(
         a, h, initial_state, grad_h, grad_final, cu_seqlens, reverse
     )
-    if grad_a is None:
-        grad_a = a.new_empty(0)
-    else:  # [B, L, D], or partial sums [B, any, D] where a is time-invariant
+    if grad_a is not None:  # [B, L, D], or partial sums [B, any, D] where a is time-invariant
         grad_a = grad_a.sum_to_size(a.shape).to(a.dtype).view(shape)
     return grad_a, grad_b, grad_initial
-
-
-def _empty_grad_initial(
-    initial_state: Tensor | None, grad_h: Tensor, grad_final: Tensor | None
-) -> Tensor:
-    """No step was taken: the initial state went straight to the final one."""
-    if initial_state is None:
-        return grad_h.new_empty((0, grad_h.shape[2]), dtype=state_dtype(grad_h.dtype))
-    return torch.zeros_like(initial_state) if grad_final is None else grad_final.clone()

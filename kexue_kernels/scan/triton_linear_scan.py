@@ -85,10 +85,10 @@ def forward(
     cu_seqlens: Tensor | None,
     reverse: bool,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     call = _Call(a, b, None, cu_seqlens, backward=False)
     h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
-    final_state = call.new_states(return_final_state)
+    final_state = call.new_states() if return_final_state else None
     call.launch(h, initial_state, final_state, None, None, reverse)
     return h, final_state
 
@@ -101,10 +101,10 @@ def backward(
     grad_final: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     call = _Call(a, grad_h, h, cu_seqlens, backward=True)
     grad_b = torch.empty(grad_h.shape, dtype=grad_h.dtype, device=grad_h.device)
-    grad_initial = call.new_states(initial_state is not None)
+    grad_initial = None if initial_state is None else call.new_states()
     grad_a = None
     if h is not None:
         grad_a = call.new_sums() if call.invariant else torch.empty_like(grad_b)
@@ -138,8 +138,8 @@ class _Call:
         chunks = triton.cdiv(L, self.config.BLOCK_L)
         self.rows = L // self.config.BLOCK_L + self.sequences if packed else B * chunks
 
-    def new_states(self, wanted: bool) -> Tensor:
-        shape = self.sequences if wanted else 0, self.b.shape[2]
+    def new_states(self) -> Tensor:
+        shape = self.sequences, self.b.shape[2]
         return torch.empty(shape, dtype=state_dtype(self.b.dtype), device=self.b.device)
 
     def new_sums(self) -> Tensor:
@@ -153,7 +153,7 @@ class _Call:
         self,
         x: Tensor,
         first: Tensor | None,
-        last: Tensor,
+        last: Tensor | None,
         initial: Tensor | None,
         grad_a: Tensor | None,
         reverse: bool,
@@ -175,7 +175,7 @@ class _Call:
                 b,
                 words(x),
                 None if first is None else words(first),
-                words(last) if last.shape[0] else None,
+                None if last is None else words(last),
                 h,
                 None if initial is None or h is None else words(initial),
                 None if grad_a is None else words(grad_a),
