@@ -53,6 +53,7 @@ if(cuda_found)
   list(GET cuda_archs -1 newest)
   string(REGEX REPLACE "[af]$" "" newest ${newest})
   list(APPEND gencode "-gencode=arch=compute_${newest},code=compute_${newest}")
+  list(APPEND gencode "--threads=2")  # two architectures at a time: one source can take minutes
   list(TRANSFORM cuda_archs PREPEND "sm_")
   list(APPEND cuda_archs "compute_${newest}")
 

@@ -20,17 +20,6 @@ void launch_backward(BackwardArgs& args, void* stream) {
                      stream, args);
 }
 
-template <DType T, class S>
-void launch_reverse(ReverseArgs& args, void* stream) {
-  Inputs& in = args.in;
-  const int64_t tiles = cut_channels(in, kForwardChannels);
-  set_wide<T, S>(in, args.grad_out, nullptr);
-  each_states<S>(in, [&](bool) {
-    launch(kName, selective_scan_reverse_kernel<T, S>, tiles * in.cut.slots, kForwardThreads,
-           stream, args);
-  });
-}
-
 }  // namespace
 
 void backward_cuda(BackwardArgs args, DType dtype, bool complex, void* stream) {
@@ -39,13 +28,6 @@ void backward_cuda(BackwardArgs args, DType dtype, bool complex, void* stream) {
     if (complex) launch_backward<T, Complex, false>(args, stream);
     else if (per_step) launch_backward<T, float, true>(args, stream);
     else launch_backward<T, float, false>(args, stream);
-  });
-}
-
-void reverse_cuda(ReverseArgs args, DType dtype, bool complex, void* stream) {
-  dispatch_type(dtype, [&]<DType T>() {
-    if (complex) launch_reverse<T, Complex>(args, stream);
-    else launch_reverse<T, float>(args, stream);
   });
 }
 
