@@ -17,6 +17,15 @@ from kexue_kernels import _extension, dispatch
 from kexue_kernels.checks import DOUBLE
 
 
+def served_by_reference(op: str, x: Tensor, backend: str) -> bool:
+    """Doubles go to the reference, which autograd follows at every order."""
+    if backend == "auto" and x.dtype in DOUBLE:
+        if not torch.compiler.is_compiling():
+            dispatch.note_once(f"{op}: {x.dtype} is served by the reference alone")
+        return True
+    return backend == "reference"
+
+
 def launcher_of(family: str, op: str, backend: str, data: Tensor) -> ModuleType:
     return launcher(family, op, dispatch.resolve(backend), data.device, data.dtype)
 

@@ -47,7 +47,7 @@ def operator(
                 qualified, backward, setup_context=setup_context, lib=_library
             )
         overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        torch.library.register_vmap(qualified, vmap or _one_by_one(overload), lib=_library)
+        torch.library.register_vmap(qualified, vmap or one_by_one(overload), lib=_library)
 
         transformed = _transformable(overload, setup_context, backward)
         return Operator(overload, transformed, implementation)
@@ -113,7 +113,7 @@ def refuse_gradient(what: str) -> Function:
     return backward
 
 
-def _one_by_one(overload: Function) -> Function:
+def one_by_one(overload: Function) -> Function:
     """A batching rule: one call for each index of the mapped axes, all results stacked."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

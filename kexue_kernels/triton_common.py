@@ -146,3 +146,27 @@ def launching_on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+def _as_int(x):
+    return x if isinstance(x, int) else int(x.handle.data.item())
+
+
+def _as_it_is(x):
+    return x
+
+
+# A loop's bound: the interpreter of Triton 3.6 takes no scalar tensor for one.
+bound = _as_int if dispatch.interpreting() else inline(_as_it_is)
+
+
+def _dot_widened(x, y, sums):
+    return tl.dot(x.to(tl.float32), y.to(tl.float32), sums, input_precision="ieee")
+
+
+def _dot(x, y, sums):
+    return tl.dot(x, y, sums, input_precision="ieee")
+
+
+# x y + sums [M, N] in float32. Triton's interpreter computes products of bfloat16 wrongly.
+dot = _dot_widened if dispatch.interpreting() else inline(_dot)

@@ -55,12 +55,14 @@ void backward(int dtype, int threads, int64_t B, int64_t L, int64_t D, int64_t s
 }  // namespace
 
 void bind_selective_scan(py::module_& m);
+void bind_mamba(py::module_& m);
 
 void bind_scan(py::module_& m) {
   m.attr("linear_scan_tile_steps") = kTileSteps;
   m.def("linear_scan_forward", &forward);
   m.def("linear_scan_backward", &backward);
   bind_selective_scan(m);
+  bind_mamba(m);
 }
 
 }  // namespace kexue

@@ -4,16 +4,14 @@
 namespace kexue::selective {
 namespace {
 
-constexpr const char* kName = "selective_scan_backward";
-
 template <DType T, class S>
 void launch_reverse(ReverseArgs& args, void* stream) {
   Inputs& in = args.in;
   const int64_t tiles = cut_channels(in, kForwardChannels);
   set_wide<T, S>(in, args.grad_out, nullptr);
   each_states<S>(in, [&](bool) {
-    launch(kName, selective_scan_reverse_kernel<T, S>, tiles * in.cut.slots, kForwardThreads,
-           stream, args);
+    launch("selective_scan_backward", selective_scan_reverse_kernel<T, S>,
+           tiles * in.cut.slots, kForwardThreads, stream, args);
   });
 }
 

@@ -10,6 +10,7 @@
 
 #include "common/isa.h"
 #include "common/pages.h"
+#include "vq/nearest_codebook_few.h"
 #include "vq/work.h"
 
 namespace kexue {
@@ -247,6 +248,7 @@ void recheck_rows(const NearestCodebook& call, const CodeFacts& facts, std::vect
 }  // namespace
 
 void nearest_codebook_on_threads(const NearestCodebook& call, int threads) {
+  if (call.N <= kFewRows) return nearest_codebook_few_on_threads(call, threads);
   Codes codes(call, threads);
   const FirstSweep first(call, codes.facts(), threads);
   std::vector<float> bars(call.N);

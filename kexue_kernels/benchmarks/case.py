@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from kexue_kernels.benchmarks.results import Status
 
 Direction = Literal["forward", "backward", "forward+backward"]
 Inputs = Mapping[str, Tensor]
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # gives a Tensor, but for what `Contestant.to_case` joins
 
 
 def same(x: Tensor) -> Tensor:
@@ -33,9 +33,10 @@ class Contestant:
     """One way to compute a case's output. Only the function that `load` returns is timed.
 
     `prepare` turns the case's inputs into that function's arguments, the differentiable ones
-    first and in the case's order. `to_own` takes a tensor of the output's shape into the
-    contestant's layout, `to_case` takes it back, and `chain` turns the gradients of what
-    `prepare` made into those of the case's inputs (expanded or not).
+    first and in the case's order; all are tensors where the case has a backward. `to_own` takes
+    a tensor of the output's shape into the contestant's layout, `to_case` takes it back (or joins
+    what else the function gave), and `chain` turns the gradients of what `prepare` made into
+    those of the case's inputs (expanded or not).
     """
 
     name: str
@@ -44,9 +45,10 @@ class Contestant:
     package: str = ""  # importable name of the package it comes from
     unfit: str = ""  # why it can't take this case; empty where it can
     slow: bool = False  # sits out quick runs
-    prepare: Callable[[Inputs], tuple[Tensor, ...]] = as_given
+    approximate: bool = False  # timed though it may miss the gate: by how much is shown
+    prepare: Callable[[Inputs], tuple[Any, ...]] = as_given
     to_own: Callable[[Tensor], Tensor] = same
-    to_case: Callable[[Tensor], Tensor] = same
+    to_case: Callable[[Any], Tensor] = same
     chain: Callable[[tuple[Tensor, ...], Inputs], tuple[Tensor, ...]] = no_chain
 
     def absence(self) -> tuple[Status, str] | None:
@@ -64,6 +66,18 @@ class Sweep(NamedTuple):
     title: str
     axis: str
     value: int
+
+
+class Gate(Protocol):
+    """What is right: `kexue_kernels.benchmarks.check`, but where a case has its own."""
+
+    def expect(self, case: "Case", inputs: Inputs, grad: Tensor) -> Any:
+        """The right results, in whatever form `judge` takes them."""
+
+    def judge(
+        self, found: dict[str, Tensor], expected: Any
+    ) -> tuple[dict[str, dict[str, float | None]], str]:
+        """Each result's error and limit, and what is wrong (empty if nothing is)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +100,7 @@ class Case:
     priority: int = 1  # smaller runs earlier
     quick: bool = False
     sweep: Sweep | None = None
+    gate: Gate | None = None  # the check before the clock, where it is not the usual one
 
     @property
     def matrix_dtype(self) -> torch.dtype:
@@ -129,7 +144,10 @@ class Bound:
         """The output, and gradients by the input's name, in the case's layout and shapes."""
         contestant = self.contestant
         output = self._output if self.direction == "backward" else self._forward()
-        found = {"output": contestant.to_case(output.detach())}
+        if isinstance(output, Tensor):
+            found = {"output": contestant.to_case(output.detach())}
+        else:
+            found = {"output": contestant.to_case(output)}
         if self._leaves:
             grads = torch.autograd.grad(output, self._leaves, self._grad, retain_graph=True)
             targets = {name: x for name, x in self.inputs.items() if differentiable(x)}

@@ -1,7 +1,7 @@
-"""Goals a case is held to. They are judged on the fastest of ours."""
+"""Goals a case is held to. They are judged on the fastest of ours, or of a kind of ours."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kexue_kernels.benchmarks.results import CaseResult, GoalResult, Measurement
 
@@ -14,14 +14,20 @@ class Goal:
     measure: Measure  # from the case and the fastest of ours; None: not measured
     bound: float
     at_least: bool = True
+    kind: str = ""  # how the names of those that are judged end
 
     def judge(self, result: CaseResult) -> GoalResult:
-        best = result.best()
+        best = result.best(self.kind)
         measured = None if best is None else self.measure(result, best)
         if best is None or measured is None:
             return GoalResult(self.text, "not measured", None)
         met = measured >= self.bound if self.at_least else measured <= self.bound
         return GoalResult(self.text, "met" if met else "missed", measured, best.name)
+
+
+def of(kind: str, *goals: Goal) -> tuple[Goal, ...]:
+    """Goals for one kind of ours, the one whose name ends so."""
+    return tuple(replace(goal, kind=kind, text=f"{kind}: {goal.text}") for goal in goals)
 
 
 def faster(peer: str, times: float) -> Goal:
@@ -75,3 +81,36 @@ def leaner(peer: str, times: float) -> Goal:
         return best.peak_bytes / peaks[0]
 
     return Goal(f"at most {times:g}x {peer}'s peak memory", measure, times, at_least=False)
+
+
+def matrix_share(share: float) -> Goal:
+    def measure(result: CaseResult, best: Measurement) -> float | None:
+        return best.roof_share if result.bound == "arithmetic" else None
+
+    return Goal(f"at least {share:.0%} of the matrix rate", measure, share)
+
+
+def beside(kind: str, times: float) -> Goal:
+    """The time beside that of another kind of ours."""
+
+    def measure(result: CaseResult, best: Measurement) -> float | None:
+        other = result.best(kind)
+        if other is None or other.seconds is None or best.seconds is None:
+            return None
+        return best.seconds / other.seconds
+
+    return Goal(f"at most {times:g}x the time of {kind}", measure, times, at_least=False)
+
+
+def megabytes(most: float) -> Goal:
+    def measure(_: CaseResult, best: Measurement) -> float | None:
+        return None if best.peak_bytes is None else best.peak_bytes / 1e6
+
+    return Goal(f"at most {most:g} MB beyond inputs", measure, most, at_least=False)
+
+
+def no_rows_wrong() -> Goal:
+    def measure(_: CaseResult, best: Measurement) -> float | None:
+        return best.rows_wrong()
+
+    return Goal("0 rows wrong", measure, 0.0, at_least=False)

@@ -10,7 +10,10 @@ import torch
 
 import kexue_kernels as kk
 
-PACKAGES = ("torch", "triton", "numpy", "mambapy", "accelerated-scan", "fla-core")
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "mambapy", "accelerated-scan", "fla-core"),
+    *("faiss-cpu", "fastkmeans", "flash-kmeans", "vector-quantize-pytorch", "torch-structured"),
+)
 
 
 def device(chosen: torch.device) -> dict[str, object]:

@@ -44,7 +44,9 @@ def _case(
 ) -> Case:
     """`run` on a model and embeddings [batch, tokens, HIDDEN]; its output is compared."""
     batch, tokens, layers = shape
-    weights = layers * LAYER + VOCABULARY * HIDDEN
+    head = VOCABULARY * HIDDEN
+    weights = layers * LAYER + head
+    read_out = batch * (1 if kind == "prefill" else tokens)  # tokens that get logits
     passes = tokens if kind == "generation" else 1
     backward = 3 if kind == "training" else 1
     contestant = functools.partial(_contestant, layers=layers, run=run)
@@ -56,9 +58,9 @@ def _case(
         shape={"batch": batch, "tokens": tokens, "layers": layers},
         dtype=dtype,
         bytes=passes * backward * weights * dtype.itemsize,
-        flops=2 * backward * batch * tokens * weights,
-        counted="bytes: every weight once a pass over the model; FLOPs: 2 a weight and token; "
-        "training: three times both",
+        flops=2 * backward * (batch * tokens * layers * LAYER + read_out * head),
+        counted="bytes: every weight once a pass over the model; FLOPs: 2 a weight and token, the "
+        "output's for tokens that get logits; training: three times both",
         result_bytes=prod(outputs.get(kind, (HIDDEN,))) * 4,
         output_shape=outputs.get(kind, (2 * INNER, HIDDEN)),
         make=lambda device: {"embeddings": _embeddings((batch, tokens), dtype, device)},

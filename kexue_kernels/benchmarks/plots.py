@@ -32,24 +32,36 @@ def _sweep(record: Record, title: str, styles: dict[str, dict[str, Any]], out: p
     cases = sorted(_sweeps(record)[title], key=lambda case: case["sweep"]["value"])
     axis = cases[0]["sweep"]["axis"]
     figure, axes = _figure(8, 5)
+    rate, unit, limit, what = _scale(record, cases)
     for name, style in styles.items():
         points = [
-            (case["sweep"]["value"], m["gb_per_second"])
+            (case["sweep"]["value"], m[rate])
             for case in cases
             for m in _timed(case)
             if m["name"] == name
         ]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    copy = record["roof"]["copy_bytes_per_second"] / 1e9
-    axes.axhline(copy, color="black", linestyle="--", linewidth=1, label="copy bandwidth")
-    axes.set(xscale="log", yscale="log", xlabel=f"{_AXES[axis]} {axis}", ylabel="GB/s")
+    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=what)
+    axes.set(xscale="log", yscale="log", xlabel=f"{_AXES[axis]} {axis}", ylabel=unit)
     values = [case["sweep"]["value"] for case in cases]
     axes.set_xticks(values, [str(value) for value in values])
     axes.xaxis.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(f"{title}\n{_where(record)}", fontsize=10)
     return _save(figure, axes, out / f"{_slug(title)}.png")
+
+
+def _scale(record: Record, cases: list[Record]) -> tuple[str, str, float, str]:
+    """What a sweep's curves show: the rate's field, its unit, its limit here and the limit's name.
+
+    That is the arithmetic where it sets the roof of every case, else the bytes.
+    """
+    if all(case["bound"] == "arithmetic" for case in cases):
+        limit = cases[0]["flops"] / cases[0]["roof_seconds"] / 1e12
+        return "tflop_per_second", "TFLOP/s", limit, "matrix rate"
+    limit = record["roof"]["copy_bytes_per_second"] / 1e9
+    return "gb_per_second", "GB/s", limit, "copy bandwidth"
 
 
 def _overview(record: Record, styles: dict[str, dict[str, Any]], out: pathlib.Path) -> str:
@@ -73,7 +85,14 @@ def _overview(record: Record, styles: dict[str, dict[str, Any]], out: pathlib.Pa
     return _save(figure, axes, out / "overview.png")
 
 
-_AXES = {"L": "length", "D": "channels"}
+_AXES = {
+    "L": "length",
+    "D": "channels",
+    "N": "rows",
+    "K": "codes",
+    "n": "width",
+    "k": "blocks",
+}
 
 
 def _figure(width: float, height: float) -> tuple[Any, "Axes"]:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from kexue_kernels.benchmarks.results import CaseResult
+from kexue_kernels.benchmarks.results import ROWS, CaseResult
 
 Record = Mapping[str, Any]
 
@@ -83,12 +83,16 @@ def _case_lines(case: Record) -> Iterator[str]:
     if case["note"]:
         yield f"\n**{case['status']}**: {case['note']}"
     yield ""
-    yield "| contestant | median | quartiles | GB/s | TFLOP/s | of the roof | memory | ours ahead |"
-    yield "|---|---|---|---|---|---|---|---|"
+    rows = any(ROWS in m["errors"] for m in case["contestants"])
+    titles = (
+        "| contestant | median | quartiles | GB/s | TFLOP/s | of the roof | memory | ours ahead |"
+    )
+    yield titles + " rows wrong |" * rows
+    yield "|---|---|---|---|---|---|---|---|" + "---|" * rows
     times = [m for m in case["contestants"] if m["ours"] and m["seconds"] is not None]
     best = min(times, key=lambda m: m["seconds"], default=None)
     for m in sorted(case["contestants"], key=lambda m: m["seconds"] or float("inf")):
-        yield _row(m, best)
+        yield _row(m, best) + f" {_rows_wrong(m)} |" * rows
 
 
 def _row(m: Record, best: Record | None) -> str:
@@ -102,6 +106,11 @@ def _row(m: Record, best: Record | None) -> str:
         f"{m['tflop_per_second']:.3g} | {percent(m['roof_share'])} | {size(m['peak_bytes'])} | "
         f"{ahead} |"
     )
+
+
+def _rows_wrong(m: Record) -> str:
+    share = m["errors"].get(ROWS, {}).get("error")
+    return "" if share is None else f"{share:.3g}"
 
 
 def _goals(record: Record) -> Iterator[tuple[str, Record]]:

@@ -9,6 +9,7 @@ Status = Literal["measured", "wrong", "error", "not installed", "left out", "not
 Verdict = Literal["met", "missed", "not measured"]
 
 NO_TIME = "time limit"
+ROWS = "share of rows"  # among errors: how many rows are not the right ones
 
 
 @dataclass
@@ -31,6 +32,10 @@ class Measurement:
     roof_share: float | None = None  # the roof's time over this one
     peak_bytes: int | None = None  # beyond inputs, in one call
     speedup_over: dict[str, float] = field(default_factory=dict)  # ours: peer's time over this
+
+    def rows_wrong(self) -> float | None:
+        """The share of rows that are not the right ones, where that was counted."""
+        return self.errors.get(ROWS, {}).get("error")
 
     def time(self, samples: Sequence[float], calls: int) -> None:
         self.status, self.note = "measured", ""
@@ -69,9 +74,10 @@ class CaseResult:
     contestants: list[Measurement] = field(default_factory=list)
     goals: list[GoalResult] = field(default_factory=list)
 
-    def best(self) -> Measurement | None:
-        """The fastest of ours."""
-        ours = [m for m in self.contestants if m.ours and m.seconds is not None]
+    def best(self, kind: str = "") -> Measurement | None:
+        """The fastest of ours, of those whose name ends so."""
+        named = [m for m in self.contestants if m.ours and m.name.endswith(kind)]
+        ours = [m for m in named if m.seconds is not None]
         return min(ours, key=lambda m: m.seconds or 0.0, default=None)
 
     def peer(self, name: str) -> Measurement | None:

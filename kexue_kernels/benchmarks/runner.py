@@ -12,13 +12,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kexue_kernels.benchmarks import machine, plots, report, roof, scan
+from kexue_kernels.benchmarks import machine, mla, monarch, plots, report, roof, scan, vq
 from kexue_kernels.benchmarks.case import Case
 from kexue_kernels.benchmarks.clock import Clock
 from kexue_kernels.benchmarks.measure import FULL, QUICK, Stage, blank, estimate, measure
 from kexue_kernels.benchmarks.results import NO_TIME, CaseResult
 
-FAMILIES: Mapping[str, Callable[[torch.device], list[Case]]] = {"scan": scan.cases}
+FAMILIES: Mapping[str, Callable[[torch.device], list[Case]]] = {
+    "scan": scan.cases,
+    "mla": mla.cases,
+    "monarch": monarch.cases,
+    "vq": vq.cases,
+}
 DEFAULT_OUT = pathlib.Path("out/bench")
 REPORT_SECONDS = 6.0  # of a time limit, kept for the table and the plots
 QUICK_SECONDS = 50.0  # of a quick run, where no limit was given

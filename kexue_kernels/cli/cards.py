@@ -19,6 +19,7 @@ NAMES = {
     "local": "spills",
     "special": "special function",
     "fp32": "FP32",
+    "fp64": "FP64",
 }
 
 

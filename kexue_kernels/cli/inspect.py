@@ -74,7 +74,8 @@ def _triton_jobs(families: list[str], archs: list[str], kernel: str) -> Iterator
             for index, case in enumerate(triton_kernels.cases(module)):
                 if any(kernel in word for word in (case.op, case.name, case.kernel)):
                     for arch in archs:
-                        yield triton_kernels.cards, (family, module, index, arch)
+                        if arch in (case.archs or ARCHS):
+                            yield triton_kernels.cards, (family, module, index, arch)
 
 
 def _wanted(card: Card, families: list[str], kernel: str) -> bool:

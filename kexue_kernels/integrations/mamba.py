@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kexue_kernels.nn.scan.mixing import Constants, Normalise, constants, mix, mix_step
+from kexue_kernels.nn.scan.mixing import (
+    Constants,
+    Normalise,
+    RMSNormalise,
+    constants,
+    mix,
+    mix_step,
+)
 
 Cached = tuple[Tensor | None, Tensor | None]  # convolution inputs and state, or nothing yet
 
@@ -45,8 +51,7 @@ class FusedMamba:
             window = x.new_zeros(x.shape[0], self.conv_kernel_size, self._inner())
         elif x.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
             prepared = _prepared(self, cache_params)
-            y, last = mix_step(self, x, inputs.mT, state, prepared=prepared, normalise=normalise)
-            _remember(cache_params, self.layer_idx, inputs, last.mT)
+            y = mix_step(self, x, inputs.mT, state, prepared=prepared, normalise=normalise)
             return y.to(x.dtype)
         else:
             window, state = inputs.mT, state.clone()  # the cache is written to before a backward
@@ -67,14 +72,7 @@ class FusedFalconMamba(FusedMamba):
     rms_eps: float
 
     def _normaliser(self) -> Normalise:
-        def normalise(dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            dt, B, C = (
-                F.rms_norm(x.float(), x.shape[-1:], eps=self.rms_eps).to(x.dtype)
-                for x in (dt, B, C)
-            )
-            return dt, B, C
-
-        return normalise
+        return RMSNormalise(self.rms_eps)
 
 
 def refusals(mixer: nn.Module) -> list[str]:
@@ -110,18 +108,10 @@ def _store(cache: Any, layer: int, inputs: Tensor, state: Tensor) -> None:
         cache.ssm_states[layer].copy_(state)
 
 
-def _remember(cache: Any, layer: int, inputs: Tensor, last: Tensor) -> None:
-    """Put the last inputs [B, d, K] in place of the ones before; a GPU's addresses stay."""
-    fixed = inputs.device.type != "cpu" or inputs.dtype != last.dtype
-    if fixed or not hasattr(cache, "layers"):
-        inputs.copy_(last)
-    else:
-        cache.layers[layer].conv_states[0] = last
-
-
 def _prepared(mixer: Any, cache: Any) -> Constants | None:
     """The mixer's constants, kept beside its states for as long as its parameters stay."""
-    used = mixer.conv1d.weight, mixer.A_log, mixer.D, mixer.dt_proj.bias
+    conv = mixer.conv1d
+    used = conv.weight, conv.bias, mixer.A_log, mixer.D, mixer.dt_proj.bias
     if torch.compiler.is_compiling() or any(p is not None and p.is_inference() for p in used):
         return None  # there are no versions to go by
     version = [p if p is None else (p.data_ptr(), p._version) for p in used]

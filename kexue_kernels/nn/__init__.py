@@ -1,5 +1,7 @@
 """Modules with state, a folder for each family."""
 
+from kexue_kernels.nn.mla import PagedLatentCache
+from kexue_kernels.nn.monarch import MonarchLinear
 from kexue_kernels.nn.scan import LRU, RGLRU, S4D, MambaMixer, MambaState
 from kexue_kernels.nn.vq import FSQ, ResidualVQ, VectorQuantizer
 
@@ -10,6 +12,8 @@ __all__ = [
     "S4D",
     "MambaMixer",
     "MambaState",
+    "MonarchLinear",
+    "PagedLatentCache",
     "ResidualVQ",
     "VectorQuantizer",
 ]

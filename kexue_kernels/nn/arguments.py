@@ -4,18 +4,11 @@ import torch
 from torch import Tensor
 
 from kexue_kernels import checks
+from kexue_kernels.options import integer
+from kexue_kernels.options import number as number
+from kexue_kernels.options import one_of as one_of
 
-
-def size(name: str, value: object, smallest: int = 1) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < smallest:
-        raise ValueError(f"{name}: expected at least {smallest}, got {value}")
-
-
-def number(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+size = integer
 
 
 def step_range(dt_min: float, dt_max: float) -> None:
@@ -25,13 +18,6 @@ def step_range(dt_min: float, dt_max: float) -> None:
         raise ValueError(f"dt_min: expected a positive number, got {dt_min}")
     if not dt_min <= dt_max < float("inf"):
         raise ValueError(f"dt_max: expected a number from dt_min = {dt_min} on, got {dt_max}")
-
-
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
 def parameter_dtype(dtype: object) -> None:

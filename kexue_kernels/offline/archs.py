@@ -59,9 +59,10 @@ class Arch:
     shared_reserved: int = KIB  # per block, for the system
 
 
-def _nvidia_lanes(fp32: int, integer: int = 64) -> dict[str, Pipe]:
+def _nvidia_lanes(fp32: int, integer: int = 64, fp64: int = 2) -> dict[str, Pipe]:
     return {
         "fp32": Pipe("FP32", fp32),
+        "fp64": Pipe("FP64", fp64),
         "integer": Pipe("integer", integer),
         "special": Pipe("special function", 16),
         "shuffle": Pipe("L1 and shared memory", 32),
@@ -76,7 +77,7 @@ _ALL = (
         "sm_80",
         Datasheet("A100 SXM 80 GB", 2.039e12, 19.5e12, 312e12, 108, 1.41e9),
         *(64, 32, 164 * KIB, 163 * KIB),
-        *(_nvidia_lanes(64), _NVIDIA_DATA, 1024),
+        *(_nvidia_lanes(64, fp64=32), _NVIDIA_DATA, 1024),
     ),
     Arch(
         "sm_86",
@@ -94,13 +95,13 @@ _ALL = (
         "sm_90",
         Datasheet("H100 SXM", 3.35e12, 66.9e12, 989e12, 132, 1.98e9),
         *(64, 32, 228 * KIB, 227 * KIB),
-        *(_nvidia_lanes(128), _NVIDIA_DATA, 2048),
+        *(_nvidia_lanes(128, fp64=64), _NVIDIA_DATA, 2048),
     ),
     Arch(
         "sm_100",
         Datasheet("B200", 8e12, 75e12, 2250e12, 148, 1.965e9),
         *(64, 32, 228 * KIB, 227 * KIB),
-        *(_nvidia_lanes(128), _NVIDIA_DATA, 4096),
+        *(_nvidia_lanes(128, fp64=64), _NVIDIA_DATA, 4096),
     ),
     Arch(
         "sm_120",
@@ -117,6 +118,7 @@ _ALL = (
         shared_per_block=64 * KIB,
         lanes={
             "fp32": Pipe(_VECTOR, 64),
+            "fp64": Pipe(_VECTOR, 64),
             "integer": Pipe(_VECTOR, 64),
             "special": Pipe(_VECTOR, 16),
             "control": Pipe("scalar ALU", 64),

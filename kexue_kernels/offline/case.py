@@ -12,6 +12,7 @@ class TritonCase:
     memory and its arithmetic per element of its main input, whatever the kernel does.
     `divisible_by_16` names the arguments a launch finds to be multiples of 16 (aligned
     pointers, whole vectors of channels), for which Triton compiles a variant of its own.
+    `archs` are those for which a launcher picks the configuration; without any, all.
     """
 
     op: str
@@ -24,3 +25,4 @@ class TritonCase:
     bytes_per_element: float
     flops_per_element: float
     divisible_by_16: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()

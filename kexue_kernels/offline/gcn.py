@@ -20,6 +20,7 @@ _KINDS = (
         r"v_fma_mix\w*|v_(pk_)?(add|sub|subrev|mul|mul_legacy|fma|fmac|mac|mad|dot2c?)_(f32|f16|bf16)\w*",
         "fp32",
     ),
+    (r"v_\w+_f64", "fp64"),
     (r"v_\w+", "integer"),
     (r"s_\w+|buffer_\w+", "control"),
 )

@@ -14,6 +14,7 @@ KINDS = (
     "shuffle",
     "special",
     "fp32",
+    "fp64",
     "integer",
     "control",
     "other",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kexue_kernels import checks, dispatch
+from kexue_kernels.launchers import served_by_reference
 from kexue_kernels.scan import operators, reference
 
 
@@ -58,7 +59,7 @@ def linear_scan(
         a, b = a.to(common), b.to(common)
     _check_linear_scan(a, b, initial_state, reverse, cu_seqlens, return_final_state)
     backend = dispatch.resolve(backend)
-    if _served_by_reference(b, backend):
+    if served_by_reference("linear_scan", b, backend):
         return reference.linear_scan(
             a,
             b,
@@ -71,15 +72,6 @@ def linear_scan(
         a, b, initial_state, cu_seqlens, reverse, return_final_state, backend
     )
     return (h, final_state) if return_final_state else h
-
-
-def _served_by_reference(b: Tensor, backend: str) -> bool:
-    """Doubles go to the reference, which autograd follows at every order."""
-    if backend == "auto" and b.dtype in checks.DOUBLE:
-        if not torch.compiler.is_compiling():
-            dispatch.note_once(f"linear_scan: {b.dtype} is served by the reference alone")
-        return True
-    return backend == "reference"
 
 
 def _check_linear_scan(

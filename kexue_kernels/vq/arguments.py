@@ -3,30 +3,14 @@
 import torch
 from torch import Tensor
 
-from kexue_kernels import checks, dispatch
+from kexue_kernels import checks
+from kexue_kernels.options import integer as integer
+from kexue_kernels.options import number as number
+from kexue_kernels.options import one_of as one_of
 
 METRICS = ("l2", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
 GRADIENTS = ("ste", "rotation")
-
-
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def integer(name: str, value: object, smallest: int) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < smallest:
-        raise ValueError(f"{name}: expected at least {smallest}, got {value}")
-
-
-def number(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def rows_and_codes(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,12 +63,3 @@ def indices_in_range(indices: Tensor, num_codes: int) -> None:
     if least < -1 or most >= num_codes:
         wrong = least if least < -1 else most
         raise ValueError(f"indices: expected values from -1 to {num_codes - 1}, got {wrong}")
-
-
-def served_by_reference(op: str, x: Tensor, backend: str) -> bool:
-    """Doubles go to the reference."""
-    if backend == "auto" and x.dtype in checks.DOUBLE:
-        if not torch.compiler.is_compiling():
-            dispatch.note_once(f"{op}: {x.dtype} is served by the reference alone")
-        return True
-    return backend == "reference"

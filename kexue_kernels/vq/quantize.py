@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from kexue_kernels import dispatch
+from kexue_kernels import dispatch, launchers
 from kexue_kernels.vq import arguments, operators, reference
 from kexue_kernels.vq.reference import VectorQuantized
 from kexue_kernels.vq.search import nearest_codebook
@@ -61,7 +61,7 @@ def vector_quantize(
     arguments.one_of("gradient", gradient, arguments.GRADIENTS)
     arguments.one_of("precision", precision, arguments.PRECISIONS)
     backend = dispatch.resolve(backend)
-    if arguments.served_by_reference("vector_quantize", x, backend):
+    if launchers.served_by_reference("vector_quantize", x, backend):
         return reference.vector_quantize(
             x, codebook, metric=metric, gradient=gradient, precision=precision
         )

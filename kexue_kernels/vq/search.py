@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from kexue_kernels import dispatch
+from kexue_kernels import dispatch, launchers
 from kexue_kernels.vq import arguments, operators, reference
 
 
@@ -48,7 +48,7 @@ def nearest_codebook(
     arguments.one_of("metric", metric, arguments.METRICS)
     arguments.one_of("precision", precision, arguments.PRECISIONS)
     backend = dispatch.resolve(backend)
-    if arguments.served_by_reference("nearest_codebook", x, backend):
+    if launchers.served_by_reference("nearest_codebook", x, backend):
         return reference.nearest_codebook(x, codebook, metric=metric, precision=precision)
     indices = operators.nearest_codebook(
         heads_and_rows(x, codebook),

@@ -1,12 +1,17 @@
-"""codebook_statistics and ema_update_: a codebook that follows the mean of its rows."""
+"""codebook_statistics and ema_update_: a codebook that follows the mean of its rows.
+
+Launcher modules `<backend>_ema_update` offer the update's step, as `reference.ema_step_` has it:
+step(codebook, cluster_size, embed_sum, counts, sums, decay, eps), the first three in place.
+"""
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kexue_kernels import checks, dispatch
-from kexue_kernels.vq import arguments, operators, reference
+from kexue_kernels import checks, dispatch, launchers, registry
+from kexue_kernels.vq import arguments, blocked_ema_update, operators, reference
 
 
 def codebook_statistics(
@@ -36,7 +41,7 @@ def codebook_statistics(
     arguments.indices_of(x, indices)
     arguments.integer("num_codes", num_codes, smallest=1)
     backend = dispatch.resolve(backend)
-    if arguments.served_by_reference("codebook_statistics", x, backend):
+    if launchers.served_by_reference("codebook_statistics", x, backend):
         return reference.codebook_statistics(x, indices, num_codes)
     rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return operators.codebook_statistics(rows, indices.reshape(-1), num_codes, backend)
@@ -99,7 +104,50 @@ def ema_update_(
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a number from 0 on, got {eps}")
     counts, sums = codebook_statistics(x, indices, codebook.shape[0], backend=backend)
-    return reference.ema_step_(codebook, cluster_size, embed_sum, counts, sums, decay, eps)
+    return ema_step_(codebook, cluster_size, embed_sum, counts, sums, decay, eps, backend)
+
+
+@torch.no_grad()
+def ema_step_(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_sum: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: float,
+    eps: float,
+    backend: str = "auto",
+) -> Tensor:
+    """`ema_update_` by counts and sums: [K, d] and [K], or of several codebooks with [G, …]."""
+    running, backend = (codebook, cluster_size, embed_sum), dispatch.resolve(backend)
+    if backend == "reference" or codebook.dtype in checks.DOUBLE:
+        return reference.ema_step_(*running, counts, sums, decay, eps)
+    _step(*running, counts, sums, decay, eps, backend)
+    return codebook
+
+
+@registry.operator(
+    "ema_step(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor counts, "
+    "Tensor sums, float decay, float eps, str backend) -> ()",
+    fake=lambda *_: None,
+    vmap=registry.refuse_vmap("ema_update_ updates its codebook in place"),
+)
+def _step(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_sum: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: float,
+    eps: float,
+    backend: str,
+) -> None:
+    running = codebook, cluster_size, embed_sum
+    launcher: ModuleType = blocked_ema_update  # a backend may have sums alone
+    if backend == "auto" or launchers.implements("vq", "ema_update", backend):
+        launcher = launchers.launcher_of("vq", "ema_update", backend, codebook)
+    launcher.step(*running, counts, sums, decay, eps)
+    torch.autograd.graph.increment_version(running)
 
 
 def _check_running(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor) -> None:

@@ -38,6 +38,13 @@ def test_contestants_are_right(kind: str, tiny: None) -> None:
         assert check.judge(results, expected)[1] == "", contestant.name
 
 
+def test_only_the_last_token_of_a_prefill_gets_logits() -> None:
+    prefill, generation, _ = mamba.cases(CPU)
+    head = 2 * mamba.VOCABULARY * mamba.HIDDEN
+    assert prefill.flops == 2 * 2048 * 4 * mamba.LAYER + head
+    assert generation.flops == 32 * (2 * 24 * mamba.LAYER + head)
+
+
 def test_the_patched_model_is_patched() -> None:
     ours, theirs = mamba.cases(CPU)[0].contestants
     assert (ours.ours, theirs.ours) == (True, False)

@@ -1,10 +1,13 @@
 """The check, the goals, the clock and the roof."""
 
+import dataclasses
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from kexue_kernels.benchmarks import check, clock, goals, measure, roof
 from kexue_kernels.benchmarks.case import Bound
@@ -38,6 +41,42 @@ def test_what_is_not_finite_is_wrong(value: float) -> None:
     errors, wrong = errors_of(lambda a, b: (a * b).index_fill(0, torch.tensor([3]), value))
     assert "error inf in the output" in wrong
     assert errors["output"]["error"] is None  # JSON has no infinity
+
+
+def in_turn(a: Tensor, b: Tensor) -> Tensor:
+    """Product after product, in float32: PyTorch's `bmm` of vectors is no better."""
+    total = torch.zeros(a.shape[0])
+    for a_k, b_k in zip(a.unbind(1), b.unbind(1), strict=True):
+        total = total + a_k * b_k
+    return total
+
+
+def with_ten_bits(x: Tensor) -> Tensor:
+    """Fractions of ten bits, as those of TensorFloat-32."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("dots", "passes"),
+    [
+        (in_turn, True),
+        (lambda a, b: (with_ten_bits(a) * with_ten_bits(b)).sum(1), False),
+        (lambda a, b: (a * b)[:, 1:].sum(1), False),
+    ],
+    ids=["in another order", "in less precision", "with a term left out"],
+)
+def test_long_sums(dots: Callable[[Tensor, Tensor], Tensor], passes: bool) -> None:
+    case = dataclasses.replace(
+        toy.case(),
+        shape={"rows": 256, "terms": 2048},
+        output_shape=(256,),
+        make=lambda device: dict(zip("ab", torch.randn(2, 256, 2048).unbind(), strict=True)),
+        reference=toy.contestant("reference", lambda a, b: (a * b).sum(1)),
+    )
+    torch.manual_seed(0)
+    inputs, grad = case.make(toy.CPU), case.cotangent(toy.CPU)
+    found = {"output": dots(*inputs.values())}
+    assert (check.judge(found, check.expect(case, inputs, grad))[1] == "") is passes
 
 
 def test_a_reference_that_is_not_finite_judges_nothing() -> None:

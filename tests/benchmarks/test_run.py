@@ -210,7 +210,7 @@ def test_quick_runs_the_quick_cases_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"family": "spam"}, "family: expected one of scan, got 'spam'"),
+        ({"family": "spam"}, "family: expected one of scan, mla, monarch, vq, got 'spam'"),
         ({"device": "tpu"}, "device: expected 'cpu' or 'cuda', got 'tpu'"),
     ],
 )

@@ -120,7 +120,8 @@ def test_a_loop_that_only_waits_is_not_hot() -> None:
         ("FSETP.GEU.AND", "integer"),
         ("ULOP3.LUT", "control"),
         ("WARPSYNC.ALL", "control"),
-        ("DFMA", "other"),
+        ("DFMA", "fp64"),
+        ("NOVELTY", "other"),
     ],
 )
 def test_kinds(opcode: str, kind: str) -> None:

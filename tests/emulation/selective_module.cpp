@@ -2,6 +2,7 @@
 #include "scan/selective_scan_backward_cuda.cu"
 #include "scan/selective_scan_bindings_cuda.cpp"
 #include "scan/selective_scan_cuda.cu"
+#include "scan/selective_scan_reverse_cuda.cu"
 #include "scan/selective_state_update_cuda.cu"
 
 PYBIND11_MODULE(kexue_selective_emulated, m) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from kexue_kernels import _extension
 from kexue_kernels.integrations import PatchReport, patch, unpatch
 
 transformers = pytest.importorskip("transformers")
@@ -232,6 +233,23 @@ def test_inference_mode(kind: str):
     with torch.inference_mode():
         text = patched.generate(ids, **options)
     assert_close(text, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_a_layer_is_one_call(kind: str, monkeypatch):
+    if _extension.load().module is None:
+        pytest.skip(_extension.load().reason)
+    from kexue_kernels.scan import cpu_mamba
+
+    model, patched = twins(kind, use_bias=True)
+    ids, made, real = tokens(2, 9), [], cpu_mamba.step
+    monkeypatch.setattr(cpu_mamba, "step", lambda *given: (made.append(1), real(*given)))
+    with torch.no_grad():
+        cache = patched(ids[:, :-2], use_cache=True).cache_params
+        steps = [patched(t, cache_params=cache).logits for t in ids[:, -2:].split(1, dim=1)]
+        expected = model(ids).logits[:, -2:]
+    assert len(made) == 2 * len(PATHS)
+    check_close(torch.cat(steps, 1), expected)
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "exchanged"])

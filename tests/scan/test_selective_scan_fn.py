@@ -139,7 +139,36 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("args", "error_", "words"), BAD, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("args", "error_", "words"), BAD, ids=lambda v: v[:30] if isinstance(v, str) else None
+)
 def test_bad_input(args, error_, words) -> None:
     with pytest.raises(error_, match=words):
         kk.selective_scan_fn(*args)
+
+
+@pytest.mark.parametrize("options", [{}, {"complex": True, "groups": 2}], ids=str)
+def test_compiles_whole(options: dict) -> None:
+    def loss(**tensors: Tensor) -> Tensor:
+        out, last = kk.selective_scan_fn(**tensors, delta_softplus=True, return_last_state=True)
+        return out.square().sum() + last.abs().square().sum()
+
+    leaves = {name: x.requires_grad_() for name, x in make(options).items()}
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected_ = compiled(**leaves), loss(**leaves)
+    torch.testing.assert_close(found, expected_)
+    given = tuple(leaves.values())
+    for x, y in zip(
+        torch.autograd.grad(found, given), torch.autograd.grad(expected_, given), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_the_last_state_is_asked_for() -> None:
+    i = make({"dtype": torch.bfloat16})
+    out, last = kk.selective_scan_fn(**i, return_last_state=True)
+    assert (out.dtype, out.shape, last.dtype) == (torch.bfloat16, i["u"].shape, torch.float32)
+    assert last.shape == (2, *i["A"].shape)
+    alone = kk.selective_scan_fn(**i)
+    assert isinstance(alone, Tensor)
+    assert torch.equal(alone, out)

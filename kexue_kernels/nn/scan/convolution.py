@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue_kernels.checks import cu_seqlens_values
+from kexue_kernels.scan import mamba_operators
 
 
 def convolved(x: Tensor, window: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
@@ -18,6 +19,18 @@ def convolved(x: Tensor, window: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor
     padded = torch.cat((window.to(x.dtype), x), dim=1)
     unused = window.shape[1] - reach(conv)
     return _valid(padded[:, unused:], conv), padded[:, x.shape[1] :]
+
+
+def convolved_silu(x: Tensor, window: Tensor | None, conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """silu of it, and the last window: in one pass over x, where `mamba_operators` serve."""
+    if window is None:
+        window = x.new_zeros(x.shape[0], reach(conv), x.shape[2])
+    window = window.to(x.dtype)
+    used = window[:, window.shape[1] - reach(conv) :]
+    bias = None if conv.bias is None else conv.bias.float()
+    y = mamba_operators.causal_conv(x, used, taps(conv, torch.float32).contiguous(), bias, True)
+    newest = x[:, max(0, x.shape[1] - window.shape[1]) :]
+    return y, torch.cat((window[:, newest.shape[1] :], newest), dim=1)
 
 
 def convolved_packed(

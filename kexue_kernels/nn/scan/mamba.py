@@ -161,9 +161,8 @@ class MambaMixer(nn.Module):
         if torch.is_grad_enabled():  # by the scan, which has gradients
             y, window, ssm = mix(self, x[:, None], window, ssm, backend=self.backend)
         else:
-            ssm = ssm.clone()
-            y, inputs = mix_step(self, x[:, None], window, ssm, backend=self.backend)
-            window = inputs[:, 1:]
+            window, ssm = window.clone(), ssm.clone()
+            y = mix_step(self, x[:, None], window, ssm, backend=self.backend)
         return y[:, 0].to(x.dtype), MambaState(window.to(self.D.dtype), ssm)
 
     def _checked(self, state: object, rows: int) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,16 @@ def unit(x: Tensor) -> Tensor:
 
 def counts_of(indices: Tensor, num_codes: int) -> Tensor:
     """How often each code was chosen: [G, K] of indices [G, N]; -1 is not counted."""
-    slots = indices.new_zeros(indices.shape[0], num_codes + 1)
-    return slots.scatter_add_(1, indices + 1, torch.ones_like(indices))[:, 1:]
+    G = indices.shape[0]
+    joined = _joined(indices, num_codes, G * num_codes).reshape(-1)
+    counts = indices.new_zeros(G * num_codes + 1)
+    return counts.scatter_add_(0, joined, torch.ones_like(joined))[:-1].view(G, num_codes)
+
+
+def _joined(indices: Tensor, num_codes: int, none: int) -> Tensor:
+    """Indices [G, N] into all groups' codes, one group after the other; `none` for -1."""
+    first = torch.arange(0, indices.shape[0] * num_codes, num_codes, device=indices.device)
+    return torch.where(indices >= 0, indices + first[:, None], none)
 
 
 def statistics_of(
@@ -37,8 +45,7 @@ def statistics_of(
 ) -> tuple[Tensor, Tensor]:
     """counts [G, K] and sums [G, K, d] of rows [G, N, d] by indices [G, N]."""
     G = rows.shape[0]
-    first = torch.arange(0, G * num_codes, num_codes, device=rows.device)[:, None]
-    joined = torch.where(indices >= 0, indices + first, -1)
+    joined = _joined(indices, num_codes, -1)
     counts, sums = codebook_statistics(rows, joined, G * num_codes, backend=backend)
     return counts.view(G, num_codes), sums.view(G, num_codes, -1)
 
@@ -60,7 +67,8 @@ def drawn(rows: Tensor, wanted: Tensor, shared: bool, again: bool) -> tuple[Tens
     if rows.shape[1] == 0:
         rows = rows.new_full((rows.shape[0], 1, rows.shape[2]), torch.nan)
     finite = rows.isfinite().all(-1)
-    shuffled = (torch.rand(finite.shape, device=rows.device) + 2 * ~finite).argsort(-1)
+    places = torch.rand(finite.shape, device=rows.device) + 2 * ~finite
+    shuffled = places.argsort(dim=-1, stable=True)
     available = finite.sum(-1, keepdim=True)
     place = wanted.cumsum(-1) - 1  # among the wanted: rank r serves each `ranks`-th
     turn = place // ranks

@@ -11,7 +11,8 @@ from kexue_kernels.nn import arguments
 from kexue_kernels.nn.vq import upkeep
 from kexue_kernels.vq import vector_quantize
 from kexue_kernels.vq.arguments import GRADIENTS, METRICS, PRECISIONS
-from kexue_kernels.vq.reference import codes_at, ema_step_
+from kexue_kernels.vq.reference import codes_at
+from kexue_kernels.vq.statistics import ema_step_
 
 __all__ = ["VectorQuantizer"]
 
@@ -288,7 +289,7 @@ class VectorQuantizer(nn.Module):
         assert self.ema_decay is not None
         codes = _grouped(self.codes)
         size, total = _grouped(self.cluster_size, 1), _grouped(self.embed_sum)
-        ema_step_(codes, size, total, counts, sums, self.ema_decay, self.eps)
+        ema_step_(codes, size, total, counts, sums, self.ema_decay, self.eps, self.backend)
         if self.metric == "cosine":
             codes.copy_(upkeep.unit(codes))
 

@@ -1,0 +1,169 @@
+// What threads that multiply by block-diagonal factors share: kernels, buffers, weights as floats.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/pages.h"
+#include "monarch/factor_cpu.h"
+#include "vq/work.h"
+
+namespace kexue::monarch {
+
+// Floats on cache lines, not initialised.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0)
+      : data_(size > 0 ? static_cast<float*>(::operator new(size * sizeof(float), kLine))
+                       : nullptr) {}
+  float* data() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(float* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<float, Delete> data_;
+};
+
+struct Kernels {
+  int64_t lanes_of_register = KEXUE_FOR_THIS_CPU(monarch_register)();
+  decltype(&baseline::monarch_rows_to_lines) rows_to_lines =
+      KEXUE_FOR_THIS_CPU(monarch_rows_to_lines);
+  decltype(&baseline::monarch_lines_to_rows) lines_to_rows =
+      KEXUE_FOR_THIS_CPU(monarch_lines_to_rows);
+  decltype(&baseline::monarch_product) product = KEXUE_FOR_THIS_CPU(monarch_product);
+  decltype(&baseline::monarch_outer_sum) outer_sum = KEXUE_FOR_THIS_CPU(monarch_outer_sum);
+  decltype(&baseline::monarch_unpack_weights) unpack = KEXUE_FOR_THIS_CPU(monarch_unpack_weights);
+  decltype(&baseline::monarch_pack_gradient) pack = KEXUE_FOR_THIS_CPU(monarch_pack_gradient);
+};
+
+// Rows [from, from + count) of a batch, in panels.
+struct Span {
+  int64_t from, count;
+};
+
+inline Rows at_row(DType dtype, const Rows& rows, int64_t row) {
+  return {static_cast<char*>(rows.data) + row * rows.row * item_bytes(dtype), rows.row,
+          rows.column};
+}
+
+// Rows [i * size, (i + 1) * size) of N.
+inline Span span_of(int64_t N, int64_t size, int64_t i) {
+  return {i * size, std::min(size, N - i * size)};
+}
+
+// The threads worth waking for N rows times so many weights.
+inline int64_t jobs_for(int64_t N, int64_t weights, int threads) {
+  constexpr int64_t kLeastWork = 1 << 18;
+  return std::clamp<int64_t>(N * weights / kLeastWork, 1, threads);
+}
+
+// In floats.
+inline int64_t weights_of(const Factor& factor, int64_t unit) {
+  return factor.blocks * factor.out * factor.in * unit * unit;
+}
+
+inline Factor transposed(const Factor& factor) { return {factor.blocks, factor.in, factor.out}; }
+
+// A part of a block of weights: [outs][ins] floats.
+struct Scalars {
+  const float* data;
+  int64_t row;
+};
+
+// The blocks of a factor, or of its conjugate transpose, as floats: where they lie if they do,
+// and otherwise unpacked, all at once or as they are asked for.
+class FloatWeights {
+ public:
+  FloatWeights(const Kernels& kernels, DType dtype, const Factor& factor, Weights weights,
+               bool transpose)
+      : kernels_(kernels),
+        dtype_(dtype),
+        conjugate_(transpose),
+        factor_(transpose ? transposed(factor) : factor),
+        weights_(weights) {
+    if (transpose) std::swap(weights_.out, weights_.in);
+    unpacked_ = dtype != DType::f32 || weights_.in != 1;
+  }
+
+  void unpack_all(int64_t jobs) {
+    if (!unpacked_) return;
+    all_ = Buffer(factor_.blocks * block_size());
+    share_work(jobs, factor_.blocks, [&](int64_t, int64_t b) {
+      unpack(b, 0, factor_.out, all_.data() + b * block_size());
+    });
+  }
+
+  // What `part` needs of a buffer of one's own.
+  int64_t own_size(int64_t outs) const { return unpacked_ ? outs * row_size() * unit() : 0; }
+
+  Scalars part(int64_t b, int64_t from, int64_t outs, float* own) const {
+    if (!unpacked_) {
+      const auto* data = static_cast<const float*>(weights_.data);
+      return {data + b * weights_.block + from * weights_.out, weights_.out};
+    }
+    if (all_.data()) {
+      return {all_.data() + b * block_size() + from * unit() * row_size(), row_size()};
+    }
+    unpack(b, from, outs, own);
+    return {own, row_size()};
+  }
+
+ private:
+  int64_t unit() const { return floats_of(dtype_); }
+  int64_t row_size() const { return factor_.in * unit(); }
+  int64_t block_size() const { return factor_.out * unit() * row_size(); }
+
+  void unpack(int64_t b, int64_t from, int64_t outs, float* to) const {
+    const int64_t first = b * weights_.block + from * weights_.out;
+    const auto* data = static_cast<const char*>(weights_.data) + first * item_bytes(dtype_);
+    kernels_.unpack({dtype_, data, outs, factor_.in, weights_.out, weights_.in, conjugate_}, to);
+  }
+
+  const Kernels& kernels_;
+  DType dtype_;
+  bool conjugate_, unpacked_;
+  Factor factor_;
+  Weights weights_;
+  Buffer all_;
+};
+
+// The lines of a matrix [rows, columns] of items, transposed: where item (i, j) lies in
+// [columns, rows], for every float of the items in their order.
+inline std::vector<int32_t> transposed_lines(int64_t rows, int64_t columns, int64_t unit) {
+  std::vector<int32_t> lines;
+  lines.reserve(rows * columns * unit);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t part = 0; part < unit; ++part) {
+        lines.push_back(int32_t((j * rows + i) * unit + part));
+      }
+    }
+  }
+  return lines;
+}
+
+// Parts of blocks' outputs, no smaller than `least`, for threads to share.
+struct Parts {
+  int64_t blocks, size, parts;
+
+  Parts(int64_t blocks, int64_t size, int64_t least, int64_t jobs) : blocks(blocks), size(size) {
+    parts = std::clamp<int64_t>(ceil_div(4 * jobs, blocks), 1, ceil_div(size, least));
+  }
+  int64_t count() const { return blocks * parts; }
+  int64_t block(int64_t i) const { return i / parts; }
+  int64_t from(int64_t i) const { return size * (i % parts) / parts; }
+  int64_t to(int64_t i) const { return size * (i % parts + 1) / parts; }
+};
+
+// Before new memory is written: its first touch costs more than what is written.
+inline void prepare_output(void* data, int64_t bytes) {
+  constexpr int64_t kLargeBytes = 8 << 20;
+  if (bytes >= kLargeBytes) prefer_huge_pages(data, bytes);
+}
+
+}  // namespace kexue::monarch

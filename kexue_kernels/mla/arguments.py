@@ -1,0 +1,86 @@
+"""Checks that the functions of the mla family share."""
+
+import torch
+from torch import Tensor
+
+from kexue_kernels import autocast, checks
+
+
+def pages(kv_cache: Tensor, width: int, like: Tensor, owner: str) -> Tensor:
+    """kv_cache as [num_blocks, block_size, dc + dr], after checking it."""
+    checks.tensor("kv_cache", kv_cache)
+    checks.dtype("kv_cache", kv_cache, (like.dtype,))
+    checks.device("kv_cache", kv_cache, like.device, owner)
+    axes = "[num_blocks, block_size, dc + dr]"
+    if kv_cache.ndim == 4:
+        axes = "[num_blocks, block_size, 1, dc + dr]"
+        expected = (*kv_cache.shape[:2], 1, width)
+    else:
+        checks.ndim("kv_cache", kv_cache, 3, f"{axes} or [num_blocks, block_size, 1, dc + dr]")
+        expected = (*kv_cache.shape[:2], width)
+    checks.shape("kv_cache", kv_cache, expected, axes)
+    if kv_cache.shape[1] < 1:
+        raise ValueError(f"kv_cache: expected block_size of at least 1, got {list(kv_cache.shape)}")
+    return kv_cache if kv_cache.ndim == 3 else kv_cache.squeeze(2)
+
+
+def in_cache_dtype(q: Tensor, kv_cache: Tensor) -> Tensor:
+    """Under autocast, q in the dtype of the cache, which is not to be copied."""
+    if q.dtype != kv_cache.dtype and autocast.enabled(q.device.type):
+        return q.to(kv_cache.dtype)
+    return q
+
+
+def tables(block_table: Tensor, cache_seqlens: Tensor, B: int, like: Tensor, owner: str) -> None:
+    """Kind, shape and device; `values_in_reach` checks the rest."""
+    for name, value in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+        checks.tensor(name, value)
+        checks.dtype(name, value, checks.INDEX)
+        checks.device(name, value, like.device, owner)
+    checks.ndim("block_table", block_table, 2, "[B, max_blocks]")
+    checks.shape("block_table", block_table, (B, block_table.shape[1]), "[B, max_blocks]")
+    checks.shape("cache_seqlens", cache_seqlens, (B,), "[B]")
+
+
+def values_in_reach(block_table: Tensor, cache_seqlens: Tensor, pages: Tensor) -> None:
+    """Reads lengths and the page ids they reach: on CPU, where that needs no synchronisation."""
+    if cache_seqlens.device.type != "cpu" or cache_seqlens.numel() == 0:
+        return
+    num_blocks, block_size = pages.shape[:2]
+    reach = block_table.shape[1] * block_size
+    least, most = (int(x) for x in torch.aminmax(cache_seqlens))
+    if least < 0 or most > reach:
+        raise ValueError(
+            f"cache_seqlens: expected lengths from 0 to {reach} (block_table has "
+            f"{block_table.shape[1]} columns of {block_size} tokens), "
+            f"got {least if least < 0 else most}"
+        )
+    used = (cache_seqlens.long() + block_size - 1) // block_size
+    ids = block_table[torch.arange(block_table.shape[1]) < used[:, None]]
+    wrong = ids[(ids < 0) | (ids >= num_blocks)]
+    if wrong.numel():
+        raise ValueError(
+            f"block_table: expected ids from 0 to {num_blocks - 1} (kv_cache's blocks) for the "
+            f"tokens of cache_seqlens, got {int(wrong[0])}"
+        )
+
+
+def slots_in_reach(slot_mapping: Tensor, pages: Tensor) -> None:
+    """Reads the slots: on CPU."""
+    if slot_mapping.device.type != "cpu" or slot_mapping.numel() == 0:
+        return
+    slots = pages.shape[0] * pages.shape[1]
+    least, most = (int(x) for x in torch.aminmax(slot_mapping))
+    if least < -1 or most >= slots:
+        raise ValueError(
+            f"slot_mapping: expected slots from 0 to {slots - 1}, or -1, "
+            f"got {least if least < -1 else most}"
+        )
+
+
+def for_inference(op: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{op} is for inference, but an input requires grad: call it under torch.no_grad(), or "
+            "detach its inputs"
+        )
