@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kexue_kernels.triton_common import bound
 from kexue_kernels.vq.triton_nearest_codebook_scores import (
     FLOOR,
     INFINITY,
@@ -10,7 +11,6 @@ from kexue_kernels.vq.triton_nearest_codebook_scores import (
     NAN,
     NONE,
     SLACK,
-    bound,
     centred,
     load_channels,
 )

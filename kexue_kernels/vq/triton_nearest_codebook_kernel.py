@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 
 from kexue_kernels import dispatch
-from kexue_kernels.triton_common import inline
+from kexue_kernels.triton_common import bound, inline
 from kexue_kernels.vq.triton_nearest_codebook_scores import (
     INFINITY,
     NONE,
     SLACK,
-    bound,
     load_channels,
     products,
     row_bounds,

@@ -7,10 +7,9 @@ block of rows, too. All programs know how many rows there are from the count on 
 import triton
 import triton.language as tl
 
-from kexue_kernels.triton_common import inline
+from kexue_kernels.triton_common import bound, inline
 from kexue_kernels.vq.triton_nearest_codebook_scores import (
     SLACK,
-    bound,
     load_channels,
     products,
     row_bounds,

@@ -24,18 +24,6 @@ INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 
 
-def _as_int(x):
-    return x if isinstance(x, int) else int(x.handle.data.item())
-
-
-def _as_it_is(x):
-    return x
-
-
-# A loop's bound: Triton's interpreter of 3.6 takes no scalar tensor for one.
-bound = _as_int if dispatch.interpreting() else inline(_as_it_is)
-
-
 @inline
 def load_channels(ptrs, stride, first, d, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
     """[R, BLOCK_D] from channel `first` on of the rows whose pointers are [R, 1]."""
