@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kRows = 64;            // of a chunk, whose products are summed first
 constexpr int64_t kChunks = 16;          // whose sums are summed then
 constexpr int64_t kRoundWork = 1 << 21;  // products for a round to be worth its barriers
+constexpr int64_t kSumsBytes = 512 << 10;  // from where on sums leave a cache between rounds
+constexpr int64_t kRoundBytes = 12 << 20;  // of lines, for these sums to come and go seldom
 constexpr int64_t kRun = 16;             // floats that are read side by side
 constexpr int64_t kOuts = 48;            // floats of a block's output that are made at once
 
@@ -103,14 +105,18 @@ struct Chunks {
     return own;
   }
 
-  // Columns [first, first + items) as floats [rows, row], and the length of a row: where they
-  // lie, or in a thread's own.
+  // Columns [first, first + items) as floats [rows, row] in a thread's own, and the length of a
+  // row.
   Scalars rows_of(const Rows& memory, const Span& rows, int64_t first, int64_t items, int64_t row,
                   const Own& own) const {
     const Rows at = at_row(dtype, memory, rows.from);
     const bool floats = dtype == DType::f32 || dtype == DType::c64;
-    if (floats && memory.column == 1 && items * unit == row) {
-      return {static_cast<const float*>(at.data) + first * unit, memory.row * unit};
+    if (floats && memory.column == 1) {  // copied, as rows may be far apart and meet in caches
+      const float* from = static_cast<const float*>(at.data) + first * unit;
+      for (int64_t i = 0; i < rows.count; ++i) {
+        std::copy_n(from + i * memory.row * unit, items * unit, own.rows.data() + i * row);
+      }
+      return {own.rows.data(), row};
     }
     kernels.rows_to_lines(transfer(memory, rows, first, items, own.lines.data()));
     return rows_of(own.lines.data(), items * unit * lanes, rows, items, row, own);
@@ -141,13 +147,15 @@ class Backward {
         w1_(chunks_.kernels, call.dtype, call.first, call.w1, false),
         w1_t_(chunks_.kernels, call.dtype, call.first, call.w1, true),
         w2_t_(chunks_.kernels, call.dtype, call.second, call.w2, true),
-        z_lines_(transposed_lines(call.second.in, call.second.blocks, u_)),
-        dz_lines_(transposed_lines(call.second.blocks, call.second.in, u_)) {
+        z_lines_(transposed_lines(call.second.in, call.second.blocks, of_z_)),
+        dz_lines_(transposed_lines(call.second.blocks, call.second.in, of_dz_)) {
     const auto [l, s, r] = call.second;
     if (group_ == l) {
-      grad_lines_ = transposed_lines(s, l, u_);
+      grad_lines_ = transposed_lines(s, l, of_g_);
     } else {
-      for (int64_t t = 0; t < group_ * u_; ++t) grad_lines_.push_back(t / u_ * s * u_ + t % u_);
+      for (int64_t t = 0; t < group_ * u_; ++t) {
+        grad_lines_.push_back(of_g_.at(t / u_ * s) + t % u_);
+      }
     }
     if (dw1) sums1_ = std::make_unique<WeightSums>(chunks_.kernels, call.dtype, call.first, call.N);
     if (dw2) {
@@ -161,12 +169,12 @@ class Backward {
     if (dx_.data) w1_t_.unpack_all(jobs_);
     if (dx_.data || dw1_) w2_t_.unpack_all(jobs_);
     const int64_t chunks = ceil_div(call_.N, kRows), round = std::min(chunks, chunks_of_a_round());
-    const auto lines = [&](bool wanted) {
-      return Buffer(wanted ? round * chunks_.size(call_.first.blocks * call_.first.out) : 0);
+    const auto lines = [&](bool wanted, int64_t panel) {
+      return Buffer(wanted ? round * chunks_.panels * panel : 0);
     };
-    z_ = lines(dw2_);
-    dz_ = lines(dx_.data || dw1_);
-    g_ = Buffer(round * chunks_.size(call_.second.blocks * call_.second.out));
+    z_ = lines(dw2_, z_panel());
+    dz_ = lines(dx_.data || dw1_, dz_panel());
+    g_ = lines(true, g_panel());
     const int64_t row = std::max(dw1_ ? sums1_->row() : 0, dw2_ ? sums2_->row() : 0);
     for (int64_t job = 0; job < jobs_; ++job) {
       owns_.push_back(chunks_.own(call_.first.in, std::min(call_.first.in, kOuts), row));
@@ -181,7 +189,10 @@ class Backward {
  private:
   int64_t chunks_of_a_round() const {
     const int64_t blocks = call_.first.blocks + ceil_div(call_.second.blocks, group_);
-    return std::max(ceil_div(jobs_ * kRoundWork, kRows * weights_), ceil_div(4 * jobs_, blocks));
+    const int64_t bytes = chunks_.panels * (z_panel() + dz_panel() + g_panel()) * sizeof(float);
+    const bool large = weights_ * int64_t(sizeof(float)) > kSumsBytes;
+    return std::max({ceil_div(jobs_ * kRoundWork, kRows * weights_), ceil_div(4 * jobs_, blocks),
+                     large ? kRoundBytes / bytes : 1});
   }
 
   void run_round(int64_t first, int64_t chunks) {
@@ -206,10 +217,14 @@ class Backward {
   }
 
   Span rows_of(int64_t chunk) const { return span_of(call_.N, kRows, chunk); }
-  int64_t z_panel() const { return call_.first.blocks * call_.first.out * u_ * chunks_.lanes; }
-  int64_t g_panel() const { return call_.second.blocks * call_.second.out * u_ * chunks_.lanes; }
+  int64_t z_panel() const { return call_.second.blocks * z_block(); }
+  int64_t dz_panel() const { return call_.first.blocks * dz_block(); }
+  int64_t g_panel() const { return call_.second.blocks * g_block(); }
+  int64_t z_block() const { return of_z_.block() * chunks_.lanes; }
+  int64_t dz_block() const { return of_dz_.block() * chunks_.lanes; }
+  int64_t g_block() const { return of_g_.block() * chunks_.lanes; }
   float* z_of(int64_t c) const { return z_.data() + c * chunks_.panels * z_panel(); }
-  float* dz_of(int64_t c) const { return dz_.data() + c * chunks_.panels * z_panel(); }
+  float* dz_of(int64_t c) const { return dz_.data() + c * chunks_.panels * dz_panel(); }
   float* g_of(int64_t c) const { return g_.data() + c * chunks_.panels * g_panel(); }
 
   // Block k of z, in the c-th chunk of the round.
@@ -229,15 +244,15 @@ class Backward {
     const Span rows = rows_of(first + c);
     const int64_t l = group * group_, neighbours = std::min(group_, blocks - l);
     const bool whole = group_ == blocks;  // one run, then
-    float* g = g_of(c) + l * s * u_ * chunks_.lanes;
+    float* g = g_of(c) + l * g_block();
     chunks_.kernels.rows_to_lines({call_.dtype, 2, at_row(call_.dtype, grad_, rows.from),
                                    rows.count, l, whole ? 1 : s, blocks,
                                    (whole ? s : 1) * neighbours * u_, g, g_panel(), u_,
                                    grad_lines_.data(), nullptr});
     for (int64_t i = 0; dz_.data() && i < neighbours; ++i) {
       const Scalars w = w2_t_.part(l + i, 0, r, nullptr);
-      chunks_.kernels.product({2, rows.count, r * u_, s * u_, g + i * s * u_ * chunks_.lanes,
-                               g_panel(), w.data, w.row, dz_of(c), z_panel(),
+      chunks_.kernels.product({2, rows.count, r * u_, s * u_, g + i * g_block(), g_panel(),
+                               w.data, w.row, dz_of(c), dz_panel(),
                                &dz_lines_[(l + i) * r * u_]});
     }
   }
@@ -248,10 +263,11 @@ class Backward {
     const int64_t l = parts.block(part), from = parts.from(part);
     for (int64_t c = 0; c < chunks; ++c) {
       const Span rows = rows_of(first + c);
-      float* z = z_of(c) + l * r * u_ * chunks_.lanes;
+      float* z = z_of(c) + l * z_block();
       const Scalars zs = chunks_.rows_of(z, z_panel(), rows, r, sums2_->row(), own);
       sums2_->add(first + c, l, from, parts.to(part), rows.count,
-                  g_of(c) + (l * s + from) * u_ * chunks_.lanes, g_panel(), zs.data, zs.row);
+                  g_of(c) + l * g_block() + from * u_ * chunks_.lanes, g_panel(), zs.data,
+                  zs.row);
     }
   }
 
@@ -263,7 +279,8 @@ class Backward {
       const Span rows = rows_of(first + c);
       const Scalars x = chunks_.rows_of(call_.x, rows, k * p, p, sums1_->row(), own);
       sums1_->add(first + c, k, from, parts.to(part), rows.count,
-                  dz_of(c) + (k * q + from) * u_ * chunks_.lanes, z_panel(), x.data, x.row);
+                  dz_of(c) + k * dz_block() + from * u_ * chunks_.lanes, dz_panel(), x.data,
+                  x.row);
     }
   }
 
@@ -275,8 +292,8 @@ class Backward {
       const Scalars w = w1_t_.part(k, from, outs, nullptr);
       const Transfer dx = chunks_.transfer(dx_, rows, k * p + from, outs, own.made.data());
       chunks_.kernels.product({2, rows.count, outs * u_, q * u_,
-                               dz_of(c) + k * q * u_ * chunks_.lanes, z_panel(), w.data, w.row,
-                               dx.data, dx.panel, nullptr});
+                               dz_of(c) + k * dz_block(), dz_panel(), w.data, w.row, dx.data,
+                               dx.panel, nullptr});
       chunks_.kernels.lines_to_rows(dx);
     }
   }
@@ -286,6 +303,7 @@ class Backward {
   void *const dw1_, *const dw2_;
   const Chunks chunks_{call_.dtype};
   const int64_t u_, weights_, jobs_, group_;
+  const Lines of_z_{call_.second.in, u_}, of_dz_{call_.first.out, u_}, of_g_{call_.second.out, u_};
   FloatWeights w1_, w1_t_, w2_t_;
   const std::vector<int32_t> z_lines_, dz_lines_;
   std::vector<int32_t> grad_lines_;

@@ -54,7 +54,8 @@ class MonarchForward {
   MonarchForward(const MonarchMatmul& call, const Bias& bias, void* y, int threads)
       : call_(call),
         u_(floats_of(call.dtype)),
-        lines_(call.first.blocks * call.first.out * u_),
+        z_({call.second.in, u_}),
+        lines_(call.second.blocks * z_.block()),
         tiling_(kernels_, call.N, weights_of(call.first, u_) + weights_of(call.second, u_), lines_,
                 threads),
         columns_(call.second.out * call.second.blocks),
@@ -64,7 +65,7 @@ class MonarchForward {
         bias_(floats_of_bias(kernels_, call.dtype, bias, columns_)),
         group_(std::min(call.second.blocks, kRun / u_)),
         chunk_(std::min(call.second.out, (tiling_.vectors == 1 ? kFewChunk : kChunk) / u_)),
-        z_lines_(transposed_lines(call.second.in, call.second.blocks, u_)) {
+        z_lines_(transposed_lines(call.second.in, call.second.blocks, z_)) {
     for (int64_t s = 0; s < chunk_; ++s) {
       for (int64_t part = 0; part < u_; ++part) {
         made_lines_.push_back(int32_t(s * group_ * u_ + part));
@@ -158,7 +159,7 @@ class MonarchForward {
     for (int64_t i = 0; i < neighbours; ++i) {
       const Scalars w = w2_.part(l + i, from, outs, own.weights.data());
       kernels_.product({tiling_.vectors, rows.count, outs * u_, depth,
-                        z + (l + i) * depth * line(), z_panel(), w.data, w.row,
+                        z + (l + i) * z_.block() * line(), z_panel(), w.data, w.row,
                         own.made.data() + i * u_ * line(), panel, made_lines_.data()});
     }
     const bool whole = group_ == blocks;  // one run, then
@@ -170,7 +171,9 @@ class MonarchForward {
 
   const Kernels kernels_;
   const MonarchMatmul& call_;
-  const int64_t u_, lines_;
+  const int64_t u_;
+  const Lines z_;
+  const int64_t lines_;
   const Tiling tiling_;
   const int64_t columns_;
   const Rows y_;

@@ -132,15 +132,24 @@ class FloatWeights {
   Buffer all_;
 };
 
-// The lines of a matrix [rows, columns] of items, transposed: where item (i, j) lies in
-// [columns, rows], for every float of the items in their order.
-inline std::vector<int32_t> transposed_lines(int64_t rows, int64_t columns, int64_t unit) {
+// Lines of blocks of `items` items. Blocks are an odd number of lines apart, so that lines that
+// are alike in each of them do not all meet in one set of a cache.
+struct Lines {
+  int64_t items, unit;
+
+  int64_t block() const { return items * unit | 1; }
+  int64_t at(int64_t item) const { return item / items * block() + item % items * unit; }
+};
+
+// A matrix [rows, columns] of items, transposed: the line of item (i, j) in [columns, rows], for
+// every float of the items in their order.
+inline std::vector<int32_t> transposed_lines(int64_t rows, int64_t columns, const Lines& to) {
   std::vector<int32_t> lines;
-  lines.reserve(rows * columns * unit);
+  lines.reserve(rows * columns * to.unit);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t part = 0; part < unit; ++part) {
-        lines.push_back(int32_t((j * rows + i) * unit + part));
+      for (int64_t part = 0; part < to.unit; ++part) {
+        lines.push_back(int32_t(to.at(j * rows + i) + part));
       }
     }
   }
