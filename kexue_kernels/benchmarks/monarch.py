@@ -1,4 +1,4 @@
-"""The cases of monarch_matmul, most important first."""
+"""The cases of monarch_matmul and, at their end, block_diag_matmul's; most important first."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kexue_kernels.benchmarks import block_diag_matmul
 from kexue_kernels.benchmarks import monarch_peers as peers
 from kexue_kernels.benchmarks.case import Case, Direction, Sweep
 from kexue_kernels.benchmarks.goals import Goal, faster
@@ -23,6 +24,7 @@ COUNTED["forward+backward"] = "the sum of forward and backward. Backward, " + CO
 
 def cases(device: torch.device) -> list[Case]:
     found = _gpu_cases() if device.type == "cuda" else _cpu_cases()
+    found += block_diag_matmul.cases(device)
     return sorted(found, key=lambda case: case.priority)
 
 
