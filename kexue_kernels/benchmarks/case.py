@@ -61,11 +61,16 @@ class Contestant:
 
 
 class Sweep(NamedTuple):
-    """Cases of one title make one curve: the case's place on the axis is `value`."""
+    """Cases of one title make one curve: the case's place on the axis is `value`.
+
+    Curves show bytes or FLOPs a second, or, where it is named, what a call makes `per_call` of.
+    """
 
     title: str
     axis: str
     value: int
+    made: str = ""
+    per_call: int = 1
 
 
 class Gate(Protocol):

@@ -3,13 +3,14 @@
 import importlib.util
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
+Rate = Callable[[Record, Record], float]  # of a case and one of its contestants
 
 OURS = ("#c0392b", "#e67e22", "#8e44ad")
 PEERS = ("#5d6d7e", "#85929e", "#aeb6bf", "#7f8c8d", "#95a5a6", "#bdc3c7")
@@ -32,17 +33,18 @@ def _sweep(record: Record, title: str, styles: dict[str, dict[str, Any]], out: p
     cases = sorted(_sweeps(record)[title], key=lambda case: case["sweep"]["value"])
     axis = cases[0]["sweep"]["axis"]
     figure, axes = _figure(8, 5)
-    rate, unit, limit, what = _scale(record, cases)
+    rate_of, unit, limit, what = _scale(record, cases)
     for name, style in styles.items():
         points = [
-            (case["sweep"]["value"], m[rate])
+            (case["sweep"]["value"], rate_of(case, m))
             for case in cases
             for m in _timed(case)
             if m["name"] == name
         ]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=what)
+    if limit is not None:
+        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=what)
     axes.set(xscale="log", yscale="log", xlabel=f"{_AXES[axis]} {axis}", ylabel=unit)
     values = [case["sweep"]["value"] for case in cases]
     axes.set_xticks(values, [str(value) for value in values])
@@ -52,16 +54,19 @@ def _sweep(record: Record, title: str, styles: dict[str, dict[str, Any]], out: p
     return _save(figure, axes, out / f"{_slug(title)}.png")
 
 
-def _scale(record: Record, cases: list[Record]) -> tuple[str, str, float, str]:
-    """What a sweep's curves show: the rate's field, its unit, its limit here and the limit's name.
+def _scale(record: Record, cases: list[Record]) -> tuple[Rate, str, float | None, str]:
+    """What a sweep's curves show: the rate, its unit, its limit here and the limit's name.
 
-    That is the arithmetic where it sets the roof of every case, else the bytes.
+    That is what a call makes, where the sweep says so; else the arithmetic where it sets the roof
+    of every case, else the bytes.
     """
+    if made := cases[0]["sweep"].get("made"):
+        return lambda case, m: case["sweep"]["per_call"] / m["seconds"], f"{made}/s", None, ""
     if all(case["bound"] == "arithmetic" for case in cases):
         limit = cases[0]["flops"] / cases[0]["roof_seconds"] / 1e12
-        return "tflop_per_second", "TFLOP/s", limit, "matrix rate"
+        return lambda _, m: m["tflop_per_second"], "TFLOP/s", limit, "matrix rate"
     limit = record["roof"]["copy_bytes_per_second"] / 1e9
-    return "gb_per_second", "GB/s", limit, "copy bandwidth"
+    return lambda _, m: m["gb_per_second"], "GB/s", limit, "copy bandwidth"
 
 
 def _overview(record: Record, styles: dict[str, dict[str, Any]], out: pathlib.Path) -> str:
