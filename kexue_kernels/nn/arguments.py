@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kexue_kernels import checks
+from kexue_kernels import autocast, checks
 from kexue_kernels.options import integer
 from kexue_kernels.options import number as number
 from kexue_kernels.options import one_of as one_of
@@ -34,8 +34,8 @@ def data(x: object, dim: int, axes: str, own: Tensor) -> None:
     checks.ndim("x", x, axes.count(",") + 1, axes)
     checks.shape("x", x, (*x.shape[:-1], dim), axes)
     checks.device("x", x, own.device, "the module")
-    autocast = torch.is_autocast_enabled(x.device.type) and own.dtype != torch.float64
-    checks.dtype("x", x, checks.HALF_AND_SINGLE if autocast else (own.dtype,))
+    may_differ = autocast.enabled(x.device.type) and own.dtype != torch.float64
+    checks.dtype("x", x, checks.HALF_AND_SINGLE if may_differ else (own.dtype,))
 
 
 def state_rows(x: Tensor, cu_seqlens: Tensor | None) -> int:

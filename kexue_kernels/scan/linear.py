@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kexue_kernels import checks, dispatch
+from kexue_kernels import autocast, checks, dispatch
 from kexue_kernels.launchers import served_by_reference
 from kexue_kernels.scan import operators, reference
 
@@ -54,7 +54,7 @@ def linear_scan(
     """
     checks.tensor("a", a)
     checks.tensor("b", b)
-    if a.dtype != b.dtype and torch.is_autocast_enabled(b.device.type):
+    if a.dtype != b.dtype and autocast.enabled(b.device.type):
         common = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(common), b.to(common)
     _check_linear_scan(a, b, initial_state, reverse, cu_seqlens, return_final_state)

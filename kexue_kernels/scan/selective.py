@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kexue_kernels import checks, dispatch, launchers
+from kexue_kernels import autocast, checks, dispatch, launchers
 from kexue_kernels.scan import reference, selective_operators
 from kexue_kernels.scan.mamba_layout import channels_first
 
@@ -72,7 +72,7 @@ def selective_scan(
     of Diagonal State Space Models" (2022), section 3.
     """
     _check_kinds(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    if torch.is_autocast_enabled(u.device.type):
+    if autocast.enabled(u.device.type):
         u, delta, z, B, C = _promoted(u, delta, z, B, C)
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     checks.boolean("delta_softplus", delta_softplus)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kexue_kernels import checks
+from kexue_kernels import autocast, checks
 from kexue_kernels.options import integer as integer
 from kexue_kernels.options import number as number
 from kexue_kernels.options import one_of as one_of
@@ -17,7 +17,7 @@ def rows_and_codes(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """x and codebook, after checking them; in one dtype where autocast left them in two."""
     checks.tensor("x", x)
     checks.tensor("codebook", codebook)
-    if x.dtype != codebook.dtype and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != codebook.dtype and autocast.enabled(x.device.type):
         common = torch.promote_types(x.dtype, codebook.dtype)
         x, codebook = x.to(common), codebook.to(common)
     checks.dtype("x", x, checks.REAL)
