@@ -7,6 +7,7 @@ from kexue_kernels.integrations import PatchReport, patch, unpatch
 from kexue_kernels.mla import (
     flash_mla_with_kvcache,
     merge_attention_states,
+    mla_attention,
     mla_cache_append,
     mla_decode,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "hippo",
     "linear_scan",
     "merge_attention_states",
+    "mla_attention",
     "mla_cache_append",
     "mla_decode",
     "monarch_matmul",

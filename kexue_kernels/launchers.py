@@ -16,6 +16,9 @@ from torch import Tensor
 from kexue_kernels import _extension, dispatch
 from kexue_kernels.checks import DOUBLE
 
+# Kernels (backend, op) that "auto" passes over until a GPU has passed their tests.
+OFF_BY_DEFAULT = frozenset({("cuda", "mla_decode")})
+
 
 def served_by_reference(op: str, x: Tensor, backend: str) -> bool:
     """Doubles go to the reference, which autograd follows at every order."""
@@ -36,12 +39,15 @@ def launcher(
 ) -> ModuleType:
     """The module that serves `op` here; "auto" is the fastest that can."""
 
-    def reasons() -> list[str]:
-        wide = dtype in DOUBLE
-        return [f"{dtype} is served by the reference alone"] if wide else []
+    def reasons(name: str) -> list[str]:
+        found = [f"{dtype} is served by the reference alone"] if dtype in DOUBLE else []
+        if backend == "auto" and (name, op) in OFF_BY_DEFAULT:
+            found.append("off by default, as no GPU has passed its tests yet")
+        return found
 
     kernels = [name for name in ("triton", "cuda") if implements(family, op, name)]
-    name = dispatch.choose(op, backend, device, dict.fromkeys(("cpu", *kernels), reasons))
+    asked = {name: functools.partial(reasons, name) for name in ("cpu", *kernels)}
+    name = dispatch.choose(op, backend, device, asked)
     if name == "reference" or (name == "cpu" and not _compiled(family, op)):
         name = "blocked"
     return importlib.import_module(f"kexue_kernels.{family}.{name}_{op}")

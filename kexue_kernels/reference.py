@@ -3,6 +3,7 @@
 from kexue_kernels.mla.reference import (
     flash_mla_with_kvcache,
     merge_attention_states,
+    mla_attention,
     mla_cache_append,
     mla_decode,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "fsq",
     "linear_scan",
     "merge_attention_states",
+    "mla_attention",
     "mla_cache_append",
     "mla_decode",
     "monarch_matmul",

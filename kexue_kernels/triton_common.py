@@ -170,3 +170,19 @@ def _dot(x, y, sums):
 
 # x y + sums [M, N] in float32. Triton's interpreter computes products of bfloat16 wrongly.
 dot = _dot_widened if dispatch.interpreting() else inline(_dot)
+
+
+def _narrow_by_bits(x, dtype):
+    if dtype != tl.bfloat16 or x.dtype != tl.float32:
+        return x.to(dtype)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(dtype)
+
+
+def _narrow(x, dtype):
+    return x.to(dtype)
+
+
+# x in a narrower dtype, ties to even. Triton's interpreter would cut bits off for bfloat16.
+narrow = _narrow_by_bits if dispatch.interpreting() else inline(_narrow)

@@ -2,10 +2,11 @@
 
 import torch
 
-from kexue_kernels.benchmarks import attention_kinds, mla_decode
+from kexue_kernels.benchmarks import attention_kinds, deepseek, mla_attention, mla_decode
 from kexue_kernels.benchmarks.case import Case
 
 
 def cases(device: torch.device) -> list[Case]:
-    found = [*mla_decode.cases(device), *attention_kinds.cases(device)]
+    ops = mla_decode, mla_attention, attention_kinds, deepseek
+    found = [case for op in ops for case in op.cases(device)]
     return sorted(found, key=lambda case: case.priority)

@@ -12,6 +12,7 @@ from kexue_kernels.cli import machine
 from kexue_kernels.cli.options import Json, print_json
 
 NOT_RUN = "no GPU has run this kernel yet"
+OFF = "; off by default (name the backend to use it)"
 
 
 def info(json: Json = False) -> None:
@@ -91,5 +92,6 @@ def _backend_table(states: dict[str, dict[str, Any]]) -> Table:
 def _kernel_table(kernels: list[dict[str, Any]]) -> Table:
     table = Table("op", "backend", "has run on", title="GPU kernels", title_justify="left")
     for kernel in kernels:
-        table.add_row(kernel["op"], kernel["backend"], ", ".join(kernel["devices"]) or NOT_RUN)
+        run_on = ", ".join(kernel["devices"]) or NOT_RUN
+        table.add_row(kernel["op"], kernel["backend"], run_on + OFF * kernel["off_by_default"])
     return table

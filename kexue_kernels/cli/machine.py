@@ -120,6 +120,7 @@ def gpu_runs(ops: Mapping[str, list[str]]) -> list[dict[str, Any]]:
             "family": family,
             "op": op,
             "backend": backend,
+            "off_by_default": (backend, op) in launchers.OFF_BY_DEFAULT,
             "devices": [
                 f"{run['device']} ({run['date']})"
                 for run in recorded

@@ -66,7 +66,9 @@ def _run(families: list[str], running: list[str], console: Console) -> list[Resu
 
 def _serves(backend: str, family: str, case: Case) -> bool:
     """The cpu backend serves every op, if need be in plain PyTorch."""
-    return backend == "cpu" or launchers.implements(family, case.kernels or case.op, backend)
+    op = case.kernels or case.op
+    off = (backend, op) in launchers.OFF_BY_DEFAULT
+    return backend == "cpu" or (not off and launchers.implements(family, op, backend))
 
 
 def _without_kernels(families: list[str], running: list[str]) -> list[Skipped]:
@@ -77,7 +79,8 @@ def _without_kernels(families: list[str], running: list[str]) -> list[Skipped]:
         for backend in running
         if not _serves(backend, family, case)
     }
-    return [Skipped(backend, op, "it has no kernels for it") for backend, op in sorted(unserved)]
+    why = "it has no kernels for it, or they are off by default"
+    return [Skipped(backend, op, why) for backend, op in sorted(unserved)]
 
 
 def _interpreted(backend: str) -> bool:

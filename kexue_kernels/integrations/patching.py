@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kexue_kernels.integrations import mamba
+from kexue_kernels.integrations import deepseek, mamba
 from kexue_kernels.integrations.report import PatchReport
 
 
@@ -20,6 +20,12 @@ class Handler(NamedTuple):
 
 # By the original class's full name, so that nothing of Transformers is imported.
 HANDLERS = {
+    "transformers.models.deepseek_v2.modeling_deepseek_v2.DeepseekV2Attention": Handler(
+        deepseek.FusedDeepseekV2, deepseek.refusals
+    ),
+    "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention": Handler(
+        deepseek.FusedDeepseekV3, deepseek.refusals
+    ),
     "transformers.models.mamba.modeling_mamba.MambaMixer": Handler(
         mamba.FusedMamba, mamba.refusals
     ),
@@ -32,10 +38,12 @@ HANDLERS = {
 def patch(model: nn.Module) -> PatchReport:
     """Replace, in place, the modules of a Transformers model that these ops serve.
 
-    Mixers of Mamba and FalconMamba. Each stays the same object with the same parameters and
-    state_dict keys, but computes with `selective_scan` and `selective_state_update`: training,
-    cached generation and padded batches give the same results within dtype tolerance. Unlike
-    the originals, a call with several tokens goes on from the cache's state.
+    Each stays the same object with the same parameters and state_dict keys; training, cached
+    generation and padded batches give the same results within dtype tolerance. Mixers of Mamba
+    and FalconMamba compute with `selective_scan` and `selective_state_update`; unlike the
+    originals, a call with several tokens goes on from the cache's state. Attention of DeepSeek-V2
+    and V3 computes with `mla_attention` and `mla_decode`, from the latents that are cached; a call
+    that they can't serve is left to the original's code, with the reason logged once.
 
     Args:
         model: any module; those of its submodules that can be replaced are.

@@ -29,7 +29,9 @@ def mla_cache_append(
         kv_latent: [T, dc]; float32, bfloat16 or float16 (float64 is served by the reference).
         k_rope: [T, dr], in kv_latent's dtype.
         kv_cache: [num_blocks, block_size, dc + dr], or with a 1 before the last axis, in
-            kv_latent's dtype; any strides.
+            kv_latent's dtype; any strides. Or rows of bytes, as `mla_decode` has them, beside
+            bfloat16: the latent is then quantised to float8_e4m3fn, each 128 channels with a scale
+            that is their largest magnitude / 448.
         slot_mapping: int64 [T], block * block_size + place of each token; -1 skips it. Slots
             that occur twice get one of their rows. A slot outside the cache raises on CPU and is
             skipped on GPU.
@@ -59,7 +61,7 @@ def mla_cache_append(
     checks.ndim("k_rope", k_rope, 2, "[T, dr]")
     dr = k_rope.shape[1]
     _check_beside("k_rope", k_rope, (T, dr), "[T, dr]", kv_latent, (kv_latent.dtype,))
-    pages = arguments.pages(kv_cache, dc + dr, kv_latent, "kv_latent")
+    pages = arguments.pages(kv_cache, dc, dr, kv_latent, "kv_latent")
     checks.tensor("slot_mapping", slot_mapping)
     checks.dtype("slot_mapping", slot_mapping, checks.INDEX)
     checks.shape("slot_mapping", slot_mapping, (T,), "[T]")

@@ -4,31 +4,52 @@ import torch
 from torch import Tensor
 
 from kexue_kernels import autocast, checks
+from kexue_kernels.mla import fp8
 
 
-def pages(kv_cache: Tensor, width: int, like: Tensor, owner: str) -> Tensor:
-    """kv_cache as [num_blocks, block_size, dc + dr], after checking it."""
+def pages(kv_cache: Tensor, dc: int, dr: int, like: Tensor, owner: str) -> Tensor:
+    """kv_cache as [num_blocks, block_size, dc + dr], or uint8 rows of fp8.py, after checking it."""
     checks.tensor("kv_cache", kv_cache)
-    checks.dtype("kv_cache", kv_cache, (like.dtype,))
+    if kv_cache.dtype in fp8.DTYPES:
+        if like.dtype != torch.bfloat16:
+            dtype = str(like.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{owner}: expected dtype bfloat16 beside a kv_cache of bytes, got {dtype}"
+            )
+        width, row = fp8.checked_row_bytes("kv_cache", dc, dr), "dc + dc/32 + 2 dr"
+    else:
+        width, row = dc + dr, "dc + dr"
+        checks.dtype("kv_cache", kv_cache, (like.dtype,))
     checks.device("kv_cache", kv_cache, like.device, owner)
-    axes = "[num_blocks, block_size, dc + dr]"
+    axes = f"[num_blocks, block_size, {row}]"
     if kv_cache.ndim == 4:
-        axes = "[num_blocks, block_size, 1, dc + dr]"
+        axes = f"[num_blocks, block_size, 1, {row}]"
         expected = (*kv_cache.shape[:2], 1, width)
     else:
-        checks.ndim("kv_cache", kv_cache, 3, f"{axes} or [num_blocks, block_size, 1, dc + dr]")
+        checks.ndim("kv_cache", kv_cache, 3, f"{axes} or [num_blocks, block_size, 1, {row}]")
         expected = (*kv_cache.shape[:2], width)
     checks.shape("kv_cache", kv_cache, expected, axes)
     if kv_cache.shape[1] < 1:
         raise ValueError(f"kv_cache: expected block_size of at least 1, got {list(kv_cache.shape)}")
-    return kv_cache if kv_cache.ndim == 3 else kv_cache.squeeze(2)
+    return fp8.as_bytes(kv_cache if kv_cache.ndim == 3 else kv_cache.squeeze(2))
+
+
+def rows_aligned(pages: Tensor) -> None:
+    """Of rows of bytes: kernels read their scales as they lie, 4 bytes at once."""
+    if pages.dtype != torch.uint8:
+        return
+    steps = pages.storage_offset(), *(pages.stride(i) for i in (0, 1) if pages.shape[i] > 1)
+    if pages.stride(2) != 1 or any(step % 4 for step in steps):
+        raise ValueError(
+            "kv_cache: expected the bytes of a row side by side and rows at multiples of 4 bytes, "
+            f"got strides {pages.stride()} and offset {pages.storage_offset()}"
+        )
 
 
 def in_cache_dtype(q: Tensor, kv_cache: Tensor) -> Tensor:
     """Under autocast, q in the dtype of the cache, which is not to be copied."""
-    if q.dtype != kv_cache.dtype and autocast.enabled(q.device.type):
-        return q.to(kv_cache.dtype)
-    return q
+    dtype = fp8.dtype_of(kv_cache)
+    return q.to(dtype) if q.dtype != dtype and autocast.enabled(q.device.type) else q
 
 
 def tables(block_table: Tensor, cache_seqlens: Tensor, B: int, like: Tensor, owner: str) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kexue_kernels.checks import state_dtype
+from kexue_kernels.mla import fp8
 from kexue_kernels.mla.rotary import rotated
 
 
@@ -28,5 +29,8 @@ def append(
         key = rotated(key.to(dtype), cos.to(dtype), sin.to(dtype), rope_interleaved)
     kept = (slot_mapping >= 0) & (slot_mapping < pages.shape[0] * block_size)
     slots = slot_mapping[kept]
-    rows = torch.cat([latent.to(pages.dtype), key.to(pages.dtype)], -1)
+    if pages.dtype == torch.uint8:
+        rows = fp8.pack(latent, key)
+    else:
+        rows = torch.cat([latent.to(pages.dtype), key.to(pages.dtype)], -1)
     pages[slots // block_size, slots % block_size] = rows[kept]

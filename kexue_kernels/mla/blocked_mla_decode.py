@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kexue_kernels.autocast import without_autocast
 from kexue_kernels.checks import state_dtype
+from kexue_kernels.mla import fp8
 from kexue_kernels.mla.reference import visible
 
 CHUNK = 1024  # rows of the cache that are widened at once
@@ -48,7 +49,8 @@ def _attend(
     total, out = torch.zeros_like(top), q.new_zeros(q.shape[0], head_dim_v)
     for page in range(0, -(-length // block_size), step):
         begin = page * block_size
-        rows = pages[table[page : page + step]].flatten(0, 1)[: length - begin].to(q.dtype)
+        rows = pages[table[page : page + step]].flatten(0, 1)[: length - begin]
+        rows = fp8.numbers(rows, head_dim_v, q.dtype)
         scores = q @ rows.T
         if seen is not None:
             scores.masked_fill_(~seen[:, begin : begin + rows.shape[0]], -torch.inf)

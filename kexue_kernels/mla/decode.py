@@ -28,6 +28,10 @@ def mla_decode(
         q: [B, Tq, H, dc + dr], Tq new tokens of each sequence; float32, bfloat16 or float16
             (float64 is served by the reference). Any strides.
         kv_cache: [num_blocks, block_size, dc + dr], or with a 1 before the last axis; q's dtype.
+            Or FlashMLA's rows of bytes, beside a bfloat16 q: uint8 or float8_e4m3fn
+            [num_blocks, block_size, dc + dc/32 + 2 dr], that is 656 for 512 + 64. A row is dc
+            float8_e4m3fn, a float32 scale for each 128 of them and dr bfloat16; dc is head_dim_v.
+            It is read as bfloat16; rows lie at multiples of 4 bytes.
         block_table: int32 [B, max_blocks]: token j of a sequence is in block
             block_table[b, j // block_size], at place j % block_size. A block may serve several
             sequences.
@@ -66,11 +70,11 @@ def mla_decode(
     q = arguments.in_cache_dtype(q, kv_cache)
     checks.dtype("q", q, checks.REAL)
     checks.ndim("q", q, 4, "[B, Tq, H, dc + dr]")
-    pages = arguments.pages(kv_cache, q.shape[3], q, "q")
-    arguments.tables(block_table, cache_seqlens, q.shape[0], q, "q")
     options.integer("head_dim_v", head_dim_v)
     if head_dim_v > q.shape[3]:
         raise ValueError(f"head_dim_v: expected at most dc + dr = {q.shape[3]}, got {head_dim_v}")
+    pages = arguments.pages(kv_cache, head_dim_v, q.shape[3] - head_dim_v, q, "q")
+    arguments.tables(block_table, cache_seqlens, q.shape[0], q, "q")
     options.number("softmax_scale", softmax_scale)
     checks.boolean("causal", causal)
     checks.boolean("return_lse", return_lse)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kexue_kernels import checks, options
+from kexue_kernels.mla import fp8
 from kexue_kernels.mla.decode import mla_decode
 
 
@@ -17,6 +18,7 @@ def flash_mla_with_kvcache(
     num_splits: object = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    is_fp8_kvcache: bool | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -24,7 +26,8 @@ def flash_mla_with_kvcache(
 
     Args:
         q: [B, Tq, H, dc + dr].
-        k_cache: [num_blocks, block_size, 1, dc + dr]; any block_size.
+        k_cache: [num_blocks, block_size, 1, dc + dr]; any block_size. Or rows of bytes, as in
+            `mla_decode`: [num_blocks, block_size, 1, 656] for 512 + 64.
         block_table: int32 [B, max_blocks].
         cache_seqlens: int32 [B].
         head_dim_v: columns of a row that are its value.
@@ -32,6 +35,7 @@ def flash_mla_with_kvcache(
             needed.
         softmax_scale: (dc + dr)**-0.5 if None.
         causal: as in `mla_decode`, but False by default.
+        is_fp8_kvcache: whether k_cache has rows of bytes; told by its dtype if None.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -47,6 +51,15 @@ def flash_mla_with_kvcache(
     if softmax_scale is None:
         softmax_scale = max(1, q.shape[3]) ** -0.5
     options.number("softmax_scale", softmax_scale)
+    if is_fp8_kvcache is not None:
+        checks.boolean("is_fp8_kvcache", is_fp8_kvcache)
+        checks.tensor("k_cache", k_cache)
+        if is_fp8_kvcache != (k_cache.dtype in fp8.DTYPES):
+            dtype = str(k_cache.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"is_fp8_kvcache: expected {not is_fp8_kvcache} for a k_cache of {dtype}, "
+                f"got {is_fp8_kvcache}"
+            )
     found = mla_decode(
         q, k_cache, block_table, cache_seqlens,
         head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal, return_lse=True,

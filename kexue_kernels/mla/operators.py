@@ -7,7 +7,14 @@ Launcher modules `<backend>_<op>`, given non-empty plain tensors of any strides:
         num_splits | None) -> (out [B, Tq, H, head_dim_v], lse float32 [B, H, Tq])
     mla_cache_append: append(kv_latent [T, dc], k_rope [T, dr], pages, slot_mapping int64 [T],
         norm_weight [dc] | None, norm_eps, cos [T, dr/2] | None, sin, rope_interleaved)
+
+Pages of numbers have the dtype of q, or kv_latent. Rows of bytes, as in fp8.py, are uint8
+[num_blocks, block_size, row_bytes] beside bfloat16, their bytes side by side and each at a multiple
+of 4 bytes. They go to the modules `<backend>_<op>_fp8` alone, given the same arguments: a backend
+serves them by having that module, and is refused for lack of it.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -52,8 +59,9 @@ def mla_decode(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Tq, H, head_dim_v] and lse [B, H, Tq] of q [B, Tq, H, dc+dr]."""
+    arguments.rows_aligned(pages)
     arguments.values_in_reach(block_table, cache_seqlens, pages)
-    launcher = launcher_of("mla", "mla_decode", backend, q)
+    launcher = _launcher("mla_decode", backend, q, pages)
     options = head_dim_v, softmax_scale, causal, num_splits
     if q.numel() == 0 or pages.numel() == 0 or block_table.numel() == 0:  # no keys
         out, lse = _decode_fake(q, pages, block_table, cache_seqlens, *options, backend)
@@ -86,8 +94,9 @@ def mla_cache_append(
     backend: str,
 ) -> None:
     """Rows of kv_latent [T, dc] and k_rope [T, dr] into pages, at slot_mapping [T]."""
+    arguments.rows_aligned(pages)
     arguments.slots_in_reach(slot_mapping, pages)
-    launcher = launcher_of("mla", "mla_cache_append", backend, kv_latent)
+    launcher = _launcher("mla_cache_append", backend, kv_latent, pages)
     if slot_mapping.numel() and pages.numel():
         launcher.append(
             plain(kv_latent),
@@ -101,6 +110,10 @@ def mla_cache_append(
             rope_interleaved,
         )
     torch.autograd.graph.increment_version(pages)
+
+
+def _launcher(op: str, backend: str, data: Tensor, pages: Tensor) -> ModuleType:
+    return launcher_of("mla", f"{op}_fp8" if pages.dtype == torch.uint8 else op, backend, data)
 
 
 def plain(x: Tensor) -> Tensor:

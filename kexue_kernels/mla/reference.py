@@ -2,13 +2,15 @@
 
 A row of the cache is a token's latent beside its rotated key, dc + dr wide. It is the key of every
 head, and its first head_dim_v columns are the value. Sizes: B sequences of Tq queries, H heads.
+Rows may also be bytes, as in fp8.py. `mla_attention` alone makes keys and values of a head.
 """
 
 import torch
 from torch import Tensor
 
 from kexue_kernels.autocast import without_autocast
-from kexue_kernels.checks import state_dtype
+from kexue_kernels.checks import cu_seqlens_values, state_dtype
+from kexue_kernels.mla import fp8
 from kexue_kernels.mla.rotary import rotated
 
 
@@ -27,13 +29,14 @@ def mla_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over each sequence's cached rows. See `kexue_kernels.mla_decode`."""
     del num_splits
-    B, Tq, H, width = q.shape
+    B, Tq, H, _ = q.shape
     dtype = state_dtype(q.dtype)
     out = q.new_zeros(B, Tq, H, head_dim_v)
     lse = q.new_zeros(B, H, Tq, dtype=dtype)
-    pages = kv_cache.reshape(*kv_cache.shape[:2], width)
+    pages = fp8.as_bytes(kv_cache.squeeze(2) if kv_cache.ndim == 4 else kv_cache)
     for b, length in enumerate(cache_seqlens.tolist()):
-        rows = cached_rows(pages, block_table[b], length).to(dtype)  # [length, dc + dr]
+        rows = cached_rows(pages, block_table[b], length)
+        rows = fp8.numbers(rows, head_dim_v, dtype)  # [length, dc + dr]
         scores = softmax_scale * torch.einsum("thd,nd->htn", q[b].to(dtype), rows)
         if causal:
             scores = scores.masked_fill(~visible(Tq, length, q.device), -torch.inf)
@@ -44,7 +47,7 @@ def mla_decode(
 
 
 def cached_rows(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """[length, dc + dr] of a sequence, whose pages are pages[table[0]], pages[table[1]], ..."""
+    """[length, ...] of a sequence, whose pages are pages[table[0]], pages[table[1]], ..."""
     used = -(-length // pages.shape[1])
     return pages[table[:used].long()].flatten(0, 1)[:length]
 
@@ -93,8 +96,11 @@ def mla_cache_append(
         latent = latent * (mean_square + norm_eps).rsqrt() * norm_weight.to(dtype)
     if cos is not None and sin is not None:
         key = rotated(key, cos.to(dtype), sin.to(dtype), rope_interleaved)
-    rows = torch.cat([latent, key], -1).to(kv_cache.dtype)
-    pages = kv_cache.squeeze(2) if kv_cache.ndim == 4 else kv_cache
+    pages = fp8.as_bytes(kv_cache.squeeze(2) if kv_cache.ndim == 4 else kv_cache)
+    if pages.dtype == torch.uint8:
+        rows = fp8.pack(latent, key)
+    else:
+        rows = torch.cat([latent, key], -1).to(pages.dtype)
     num_blocks, block_size = pages.shape[:2]
     kept = (slot_mapping >= 0) & (slot_mapping < num_blocks * block_size)
     slots = slot_mapping[kept].long()
@@ -111,9 +117,10 @@ def flash_mla_with_kvcache(
     num_splits: object = None,
     softmax_scale: float | None = None,
     causal: bool = False,
+    is_fp8_kvcache: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """FlashMLA's call of `mla_decode`. See `kexue_kernels.flash_mla_with_kvcache`."""
-    del tile_scheduler_metadata, num_splits
+    del tile_scheduler_metadata, num_splits, is_fp8_kvcache
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     found = mla_decode(
         q, k_cache, block_table, cache_seqlens,
@@ -122,3 +129,43 @@ def flash_mla_with_kvcache(
     assert isinstance(found, tuple)
     out, lse = found
     return out, torch.where(lse > -torch.inf, lse, torch.inf)
+
+
+@without_autocast
+def mla_attention(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv_latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention, its keys and values from latents. See `kexue_kernels.mla_attention`."""
+    dtype = state_dtype(q_nope.dtype)
+    latent = kv_latent.to(dtype)
+    k = torch.einsum("btc,hkc->bhtk", latent, w_uk.to(dtype))
+    v = torch.einsum("btc,hvc->bhtv", latent, w_uv.to(dtype))
+    k_rope = k_rope.to(dtype)[:, None].expand(-1, k.shape[1], -1, -1)
+    q = torch.cat([q_nope, q_rope], -1).to(dtype)
+    scale = max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale
+    scores = scale * torch.einsum("bthd,bhnd->bhtn", q, torch.cat([k, k_rope], -1))
+    hidden = ~attended(q.shape[1], causal, cu_seqlens, q.device)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bhtn,bhnv->bthv", weights, v).to(q_nope.dtype)
+
+
+def attended(T: int, causal: bool, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Which tokens each token sees, [T, T]: those of its sequence, and none after it if causal."""
+    token = torch.arange(T, device=device)
+    seen = torch.ones(T, T, dtype=torch.bool, device=device)
+    if causal:
+        seen = token <= token[:, None]
+    if cu_seqlens is not None:
+        bounds = torch.tensor(cu_seqlens_values(cu_seqlens, T), device=device)
+        sequence = torch.searchsorted(bounds, token, right=True)
+        seen = seen & (sequence == sequence[:, None])
+    return seen

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from kexue_kernels.mla.triton_fp8 import key_pointers, store_latent
+from kexue_kernels.triton_common import narrow
+
 
 @triton.jit
 def append_kernel(
@@ -12,13 +15,12 @@ def append_kernel(
     stride_page_b, stride_page_p, stride_page_c,
     stride_weight, stride_cos_t, stride_cos_r, stride_sin_t, stride_sin_r,
     INTERLEAVED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_H: tl.constexpr, FP8: tl.constexpr = False,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + t)
     if (slot >= 0) & (slot < slots):
         row_ptr = pages_ptr + slot // block_size * stride_page_b + slot % block_size * stride_page_p
-        data = pages_ptr.dtype.element_ty
         c = tl.arange(0, BLOCK_C)
         x_ptrs = latent_ptr + t * stride_latent_t + c.to(tl.int64) * stride_latent_c
         x = tl.load(x_ptrs, mask=c < dc, other=0.0).to(tl.float32)
@@ -26,10 +28,16 @@ def append_kernel(
             weight = tl.load(weight_ptr + c * stride_weight, mask=c < dc, other=0.0)
             mean_square = tl.sum(x * x, axis=0) / dc
             x = x * (1 / tl.sqrt_rn(mean_square + eps)) * weight.to(tl.float32)
-        tl.store(row_ptr + c.to(tl.int64) * stride_page_c, x.to(data), mask=c < dc)
+        if FP8:
+            store_latent(row_ptr, x, dc, BLOCK_C)
+            row_ptr = key_pointers(row_ptr, dc)
+        else:
+            x = narrow(x, pages_ptr.dtype.element_ty)
+            tl.store(row_ptr + c.to(tl.int64) * stride_page_c, x, mask=c < dc)
+            row_ptr += tl.cast(dc, tl.int64) * stride_page_c
 
+        data = row_ptr.dtype.element_ty
         key_ptr = rope_ptr + t * stride_rope_t
-        row_ptr += tl.cast(dc, tl.int64) * stride_page_c
         if cos_ptr is None:
             r = tl.arange(0, BLOCK_R).to(tl.int64)
             key = tl.load(key_ptr + r * stride_rope_r, mask=r < dr, other=0.0)
@@ -46,7 +54,7 @@ def append_kernel(
             sin_ptrs = sin_ptr + t * stride_sin_t + i * stride_sin_r
             cos = tl.load(cos_ptrs, mask=inside, other=0.0).to(tl.float32)
             sin = tl.load(sin_ptrs, mask=inside, other=0.0).to(tl.float32)
-            turned = x1 * cos - x2 * sin
-            tl.store(row_ptr + first * stride_page_c, turned.to(data), mask=inside)
-            turned = x2 * cos + x1 * sin
-            tl.store(row_ptr + second * stride_page_c, turned.to(data), mask=inside)
+            turned = narrow(x1 * cos - x2 * sin, data)
+            tl.store(row_ptr + first * stride_page_c, turned, mask=inside)
+            turned = narrow(x2 * cos + x1 * sin, data)
+            tl.store(row_ptr + second * stride_page_c, turned, mask=inside)

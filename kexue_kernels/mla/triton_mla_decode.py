@@ -7,12 +7,11 @@ import triton
 from torch import Tensor
 
 from kexue_kernels import dispatch
+from kexue_kernels.mla.splits import choose_splits
 from kexue_kernels.mla.triton_mla_decode_kernel import decode_kernel, join_kernel
 from kexue_kernels.triton_common import launching_on, multiprocessors
 
 LOG2E = 1.4426950408889634
-MAX_SPLITS = 256  # of which joining one query reads all
-FULL = 0.85  # of the best share of the device that any number of splits keeps busy
 WIDEST = 512  # columns of a value that a program holds
 
 
@@ -27,9 +26,15 @@ class Config(NamedTuple):
 
 
 def configure(rows: int, columns: int, dtype: torch.dtype, target: Target) -> Config:
-    """Queries as they are, from 16 to 64: with 64, sm_90 multiplies by warp groups."""
+    """Queries as they are, from 16 to 64: with 64, sm_90 multiplies by warp groups.
+
+    dtype is that of the pages: uint8 for rows of bytes, whose numbers take registers.
+    """
     BLOCK_M = min(64, max(16, triton.next_power_of_2(rows)))
     wide = BLOCK_M * columns > 16 * 512
+    if dtype == torch.uint8:
+        BLOCK_M = min(BLOCK_M, 32)
+        return Config(BLOCK_M, 16, 4, 1) if target == "amd" else Config(BLOCK_M, 32, 8, 2)
     if dtype == torch.float32:  # without tensor cores, and twice as wide
         return Config(16, 32 if target == "sm_90" else 16, 4 if target == "amd" else 8, 1)
     if target == "amd":  # whose waves are of 64, with more registers where they are few
@@ -55,21 +60,6 @@ def target_of(device: torch.device) -> Target:
     return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
-def choose_splits(programs: int, blocks: int, multiprocessors: int) -> int:
-    """How many splits keep the device busy, of `blocks` of rows in the longest sequence.
-
-    The fewest whose last wave is about as full as that of any other number.
-    """
-    most = max(1, min(MAX_SPLITS, blocks, 4 * multiprocessors))
-
-    def busy(splits: int) -> float:
-        waves = programs * splits / multiprocessors
-        return waves / -(-programs * splits // multiprocessors)
-
-    best = max(map(busy, range(1, most + 1)))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= FULL * best)
-
-
 def forward(
     q: Tensor,
     pages: Tensor,
@@ -83,8 +73,9 @@ def forward(
     B, Tq, H, width = q.shape
     num_blocks, block_size, _ = pages.shape
     max_blocks = block_table.shape[1]
+    rest = width - head_dim_v
     rule = configure_interpreted if dispatch.interpreting() else configure
-    config = rule(Tq * H, head_dim_v, q.dtype, target_of(q.device))
+    config = rule(Tq * H, head_dim_v, pages.dtype, target_of(q.device))
     tiles = triton.cdiv(Tq * H, config.BLOCK_M)
     blocks = triton.cdiv(max_blocks * block_size, config.BLOCK_N)
     splits = num_splits or choose_splits(B * tiles, blocks, multiprocessors(q.device))
@@ -93,7 +84,6 @@ def forward(
     if splits > 1:
         parts = _new(q, (splits, *out.shape), torch.float32)
         part_lse = _new(q, (splits, *lse.shape), torch.float32)
-    rest = width - head_dim_v
     BLOCK_V = max(16, triton.next_power_of_2(head_dim_v))
     BLOCK_R = max(16, triton.next_power_of_2(rest)) if rest else 0
     with launching_on(q):
@@ -103,7 +93,7 @@ def forward(
             softmax_scale * LOG2E, *q.stride(), *pages.stride(),
             CAUSAL=causal, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             BLOCK_V=BLOCK_V, BLOCK_R=BLOCK_R,
-            EVEN_V=head_dim_v == BLOCK_V, EVEN_R=rest == BLOCK_R,
+            EVEN_V=head_dim_v == BLOCK_V, EVEN_R=rest == BLOCK_R, FP8=pages.dtype == torch.uint8,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:

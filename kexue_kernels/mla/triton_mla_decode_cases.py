@@ -1,7 +1,10 @@
 """Configurations of mla_decode's Triton kernels that are compiled offline."""
 
+from typing import NamedTuple
+
 import torch
 
+from kexue_kernels.mla.fp8 import row_bytes
 from kexue_kernels.mla.triton_mla_decode import JOIN_V, JOIN_WARPS, Config, Target, configure
 from kexue_kernels.offline import TritonCase
 
@@ -13,35 +16,47 @@ _ARCHS: dict[Target, tuple[str, ...]] = {
     "sm_90": ("sm_90", "sm_100"),
     "amd": ("gfx942",),
 }
-# rows (heads times query tokens), columns of the value, of what lies beyond it, and the dtype
+
+
+class _Shape(NamedTuple):
+    rows: int  # heads times query tokens
+    columns: int  # of the value
+    rest: int  # columns beyond it
+    dtype: torch.dtype
+    fp8: bool = False
+
+
 _SHAPES = [
-    (16, 512, 64, torch.bfloat16),
-    (32, 512, 64, torch.float16),
-    (128, 512, 64, torch.bfloat16),
-    (128, 256, 32, torch.bfloat16),
-    (16, 512, 64, torch.float32),
-    (20, 200, 0, torch.bfloat16),
+    _Shape(16, 512, 64, torch.bfloat16),
+    _Shape(32, 512, 64, torch.float16),
+    _Shape(128, 512, 64, torch.bfloat16),
+    _Shape(128, 256, 32, torch.bfloat16),
+    _Shape(16, 512, 64, torch.float32),
+    _Shape(20, 200, 0, torch.bfloat16),
+    _Shape(16, 512, 64, torch.bfloat16, fp8=True),
+    _Shape(128, 512, 64, torch.bfloat16, fp8=True),
 ]
 
 
 def compile_cases() -> list[TritonCase]:
     """A case for each configuration of a shape, for the targets that share it."""
     found = []
-    for rows, columns, rest, dtype in _SHAPES:
+    for shape in _SHAPES:
         archs: dict[Config, tuple[str, ...]] = {}
         for target, own in _ARCHS.items():
-            config = configure(rows, columns, dtype, target)
+            pages = torch.uint8 if shape.fp8 else shape.dtype
+            config = configure(shape.rows, shape.columns, pages, target)
             archs[config] = archs.get(config, ()) + own
-        found += [_decode(config, columns, rest, dtype, archs[config]) for config in archs]
+        found += [_decode(config, shape, archs[config]) for config in archs]
     return [*found, _join()]
 
 
-def _decode(
-    config: Config, columns: int, rest: int, dtype: torch.dtype, archs: tuple[str, ...]
-) -> TritonCase:
+def _decode(config: Config, shape: _Shape, archs: tuple[str, ...]) -> TritonCase:
+    columns, rest, dtype = shape[1:4]
     BLOCK_V = 1 << (columns - 1).bit_length()
-    arguments: dict[str, object] = {f"{name}_ptr": f"*{_NAMES[dtype]}" for name in ("q", "pages")}
-    arguments |= {
+    arguments: dict[str, object] = {
+        "q_ptr": f"*{_NAMES[dtype]}",
+        "pages_ptr": "*u8" if shape.fp8 else f"*{_NAMES[dtype]}",
         "table_ptr": "*i32",
         "seqlens_ptr": "*i32",
         "out_ptr": "*fp32",
@@ -63,11 +78,14 @@ def _decode(
     arguments |= {"stride_qd": 1, "stride_channel": 1, "CAUSAL": True}
     arguments |= {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_V": BLOCK_V}
     arguments |= {"BLOCK_R": rest, "EVEN_V": columns == BLOCK_V, "EVEN_R": True}
+    arguments |= {"FP8": shape.fp8}
     if rest == 0:
         arguments["rest"] = 0
-    name = f"{config.BLOCK_M} rows {columns}+{rest} {str(dtype).removeprefix('torch.')}"
+    data = "fp8" if shape.fp8 else str(dtype).removeprefix("torch.")
+    name = f"{config.BLOCK_M} rows {columns}+{rest} {data}"
     flops = 2 * config.BLOCK_M * (2 * columns + rest) / (columns + rest)
-    costs = dtype.itemsize, flops
+    row = row_bytes(columns, rest) if shape.fp8 else dtype.itemsize * (columns + rest)
+    costs = row / (columns + rest), flops
     return _case(name, "decode_kernel", arguments, config[2:], costs, archs)
 
 

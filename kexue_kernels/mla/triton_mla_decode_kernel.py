@@ -2,13 +2,14 @@
 
 A program holds BLOCK_M queries, heads within tokens, of one sequence. A block of the cache's rows
 is read once: it is the keys and, its first columns, the values. Names: M queries, N rows of the
-cache, V columns of the value and R of what lies beyond it.
+cache, V columns of the value and R of what lies beyond it. With FP8 the rows are those of fp8.py.
 """
 
 import triton
 import triton.language as tl
 
-from kexue_kernels.triton_common import bound, dot, inline
+from kexue_kernels.mla.triton_fp8 import key_pointers, load_latents
+from kexue_kernels.triton_common import bound, dot, inline, narrow
 
 LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr(float("-inf"))
@@ -43,7 +44,7 @@ def decode_kernel(
     stride_qb, stride_qt, stride_qh, stride_qd, stride_block, stride_place, stride_channel,
     CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_V: tl.constexpr, EVEN_R: tl.constexpr,
+    EVEN_V: tl.constexpr, EVEN_R: tl.constexpr, FP8: tl.constexpr = False,
 ):  # fmt: skip
     """out [splits, B, Tq, H, head_dim_v] and lse [splits, B, H, Tq], natural, of each split.
 
@@ -77,12 +78,19 @@ def decode_kernel(
         ptrs = row_pointers(
             pages_ptr, table_ptr, n, inside, num_blocks, block_size, stride_block, stride_place
         )
-        kv = load_columns(ptrs, stride_channel, 0, head_dim_v, inside[:, None], BLOCK_V, EVEN_V)
+        if FP8:
+            kv = load_latents(ptrs, head_dim_v, inside[:, None], BLOCK_N, BLOCK_V, EVEN_V)
+        else:
+            kv = load_columns(ptrs, stride_channel, 0, head_dim_v, inside[:, None], BLOCK_V, EVEN_V)
         scores = dot(q_v, tl.trans(kv), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if BLOCK_R > 0:
-            k_r = load_columns(
-                ptrs, stride_channel, head_dim_v, rest, inside[:, None], BLOCK_R, EVEN_R
-            )
+            if FP8:
+                ptrs = key_pointers(ptrs, head_dim_v)
+                k_r = load_columns(ptrs, 1, 0, rest, inside[:, None], BLOCK_R, EVEN_R)
+            else:
+                k_r = load_columns(
+                    ptrs, stride_channel, head_dim_v, rest, inside[:, None], BLOCK_R, EVEN_R
+                )
             scores = dot(q_r, tl.trans(k_r), scores)
         seen = inside[None, :] & (n[None, :] <= last[:, None])
         scores = tl.where(seen, scores * scale, NONE)
@@ -91,7 +99,7 @@ def decode_kernel(
         weights = tl.exp2(scores - base[:, None])
         kept = tl.exp2(top - base)
         total = total * kept + tl.sum(weights, axis=1)
-        acc = dot(weights.to(kv.dtype), kv, acc * kept[:, None])
+        acc = dot(narrow(weights, kv.dtype), kv, acc * kept[:, None])
         top = new_top
 
     none = total == 0
@@ -100,7 +108,7 @@ def decode_kernel(
     at = split * B + b
     out_ptrs = out_ptr + ((at * Tq * H + m) * head_dim_v)[:, None] + tl.arange(0, BLOCK_V)[None, :]
     columns = (tl.arange(0, BLOCK_V) < head_dim_v)[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=here[:, None] & columns)
+    tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=here[:, None] & columns)
     tl.store(lse_ptr + at * Tq * H + h * Tq + t, lse, mask=here)
 
 
@@ -129,6 +137,6 @@ def join_kernel(
         ptrs = parts_ptr + (s * rows + row) * head_dim_v + columns
         acc += weight * tl.load(ptrs, mask=columns < head_dim_v, other=0.0)
     out_ptrs = out_ptr + row * head_dim_v + columns
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=columns < head_dim_v)
+    tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=columns < head_dim_v)
     if first == 0:
         tl.store(lse_ptr + at, lse)

@@ -3,15 +3,20 @@
 Three ways, told apart by where z, what passes between the factors, goes:
 
     fused: one kernel has all l-blocks of a tile of rows. x is read and y written once.
-    split: the same kernel, a program having 16 of the l-blocks: x is read once per group, from L2
-        but for the first time.
-    two: a kernel per factor, z in memory. No permutation copy: the second reads z, and writes y,
-        16 adjacent l at a time, which are whole sectors.
+    split: the same kernel, a program having some of the l-blocks: x is read once per group, from
+        L2 but for the first time.
+    two: a kernel per factor, z in memory. No permutation copy: the second writes y 16 adjacent l
+        at a time, which are whole sectors.
 
 An element of z in the first two stays in registers and shared memory, where half precision alone
 has room for it.
+
+A program needs its blocks of the factors for every tile of rows. Where a multiprocessor's shared
+memory holds them (`resident`), it fetches them once and takes tile after tile; else they come from
+L2 each time, and larger tiles mean fewer times.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -59,6 +64,7 @@ class Rates(NamedTuple):
     memory: float = 4.3e12  # bytes/s
     l2: float = 5.5e12  # bytes/s
     launch: float = 3e-6  # s
+    multiprocessors: int = 132
 
 
 _H200 = Rates()
@@ -66,6 +72,7 @@ _H200 = Rates()
 
 class Plan(NamedTuple):
     path: str  # "fused", "split" or "two"
+    resident: bool  # the fused kernel's factors, or the second kernel's
     seconds: float
 
 
@@ -73,18 +80,37 @@ FUSED = FusedTile(64, 16, 16, 32, 32, 8, 1)
 FUSED_INTERPRETED = FUSED._replace(BLOCK_A=8)
 ROWS_INTERPRETED = 64  # of a split
 
+# One program fills a multiprocessor: 128 KiB of factors, and the rows on their way.
+RESIDENT_SHARED = 226 * 1024  # bytes; Hopper and the larger Blackwell have 227 KiB
+WIDE_SHARED = 128 * 1024  # bytes; A100s have 163 KiB
+RESIDENT_FUSED = FusedTile(16, 32, 32, 32, 32, 16, 3)
+PANEL = 256  # rows of z that lie together, between kernels of which the second is resident
 
-def plan(shape: Shape, rates: Rates = _H200) -> Plan:
-    """The cheapest way."""
-    return min(costs(shape, rates), key=lambda each: each.seconds)
+
+@functools.lru_cache(1024)
+def plan(shape: Shape, shared: int = 0, vectors: bool = True, rates: Rates = _H200) -> Plan:
+    """The cheapest way for rows that lie in whole `vectors`, or don't."""
+    found = costs(shape, shared, rates)
+    return min(found if vectors else [each for each in found if each.path == "two"], key=_seconds)
 
 
-def costs(shape: Shape, rates: Rates = _H200) -> list[Plan]:
-    """Every way that can serve `shape`."""
-    found = [Plan("two", _two(shape, rates))]
+def _seconds(plan: Plan) -> float:
+    return plan.seconds
+
+
+def costs(shape: Shape, shared: int = 0, rates: Rates = _H200) -> list[Plan]:
+    """Every way that can serve `shape` where a program may have `shared` bytes of shared memory.
+
+    With none, the ways that every device has.
+    """
+    found = [Plan("two", False, _two(shape, None, rates))]
     if fusable(shape):
-        groups = -(-shape.l // FUSED.BLOCK_C)
-        found.append(Plan("split" if groups > 1 else "fused", _one(shape, groups, rates)))
+        found.append(_one(shape, FUSED, rates))
+    if shared >= RESIDENT_SHARED:
+        if keepable(shape):
+            found.append(Plan("two", True, _two(shape, resident_tile(shape.r), rates)))
+        if fusable(shape) and 16 < shape.k <= RESIDENT_FUSED.BLOCK_A and shape.l > 16:
+            found.append(_one(shape, RESIDENT_FUSED, rates))
     return found
 
 
@@ -96,27 +122,47 @@ def fusable(shape: Shape) -> bool:
     return shape.dtype in HALVES and square and whole and fits
 
 
-def _one(shape: Shape, groups: int, rates: Rates) -> float:
+def keepable(shape: Shape) -> bool:
+    """Whether the second factor's blocks can be resident, and aren't so small as to idle."""
+    sizes = (shape.k, shape.p, shape.q, shape.l, shape.s, shape.r)
+    return shape.dtype in HALVES and all(n % 16 == 0 for n in sizes) and 32 < shape.r <= 128
+
+
+def resident_programs(units: int, tiles: int, multiprocessors: int) -> int:
+    """Into how many programs, for each of `units` parts of the factors, tiles of rows are dealt."""
+    return min(tiles, max(1, multiprocessors // units))
+
+
+def _one(shape: Shape, tile: FusedTile, rates: Rates) -> Plan:
+    x, _, y, w1, w2 = _sizes(shape)
+    groups = -(-shape.l // tile.BLOCK_C)
+    fetches = -(-shape.rows // tile.BLOCK_M)
+    resident = tile == RESIDENT_FUSED
+    if resident:
+        fetches = resident_programs(groups, fetches, rates.multiprocessors)
+    seconds = _pass(x, groups, w1 + w2, fetches, y, rates)
+    return Plan("split" if groups > 1 else "fused", resident, seconds)
+
+
+def _two(shape: Shape, resident: Tile | None, rates: Rates) -> float:
     x, z, y, w1, w2 = _sizes(shape)
-    del z
-    tiles = -(-shape.rows // FUSED.BLOCK_M)
-    memory = x + y + w1 + w2
-    l2 = groups * x + y + tiles * (w1 + w2)
+    first = product_tile(shape.dtype, shape.q) if resident is None else panel_tile(shape.q)
+    second = resident or product_tile(shape.dtype, shape.s, shape.l)
+    fetches = -(-shape.rows // first.BLOCK_M)
+    seconds = _pass(x, -(-shape.q // first.BLOCK_O), w1, fetches, z, rates)
+    again = -(-shape.s // second.BLOCK_O)
+    fetches = -(-shape.rows // second.BLOCK_M)
+    if resident is not None:
+        units = -(-shape.l // second.BLOCK_C) * again
+        fetches = resident_programs(units, fetches, rates.multiprocessors)
+    return seconds + _pass(z, again, w2, fetches, y, rates)
+
+
+def _pass(source: int, again: int, weights: int, fetches: int, result: int, rates: Rates) -> float:
+    """Of a kernel that reads its source `again` times, its weights `fetches` times."""
+    memory = source + weights + result
+    l2 = again * source + fetches * weights + result
     return max(memory / rates.memory, l2 / rates.l2) + rates.launch
-
-
-def _two(shape: Shape, rates: Rates) -> float:
-    x, z, y, w1, w2 = _sizes(shape)
-    seconds = 0.0
-    for source, weights, result, out, tile in (
-        (x, w1, z, shape.q, product_tile(shape.dtype, shape.q)),
-        (z, w2, y, shape.s, product_tile(shape.dtype, shape.s, shape.l)),
-    ):
-        tiles = -(-shape.rows // tile.BLOCK_M)
-        l2 = -(-out // tile.BLOCK_O) * source + tiles * weights + result
-        memory = source + weights + result
-        seconds += max(memory / rates.memory, l2 / rates.l2) + rates.launch
-    return seconds
 
 
 def _sizes(shape: Shape) -> tuple[int, int, int, int, int]:
@@ -146,16 +192,51 @@ def product_tile(dtype: torch.dtype, O: int, adjacent: int = 1, whole: bool = Tr
     return Tile(64, 32, 16, 1, 4, 2) if adjacent == 1 else Tile(16, 32, 16, 8, 8, 1)
 
 
-def weights_tile(dtype: torch.dtype, O: int, I: int, adjacent: int = 1) -> Tile:
-    """For dw[c, o, i] = sum over m of g[m, c, o] conj(x[m, c, i])."""
+def panel_tile(O: int) -> Tile:
+    """For halves, where the result goes to panels: a block's outputs at once, up to 128."""
+    if O <= 64:
+        return product_tile(torch.bfloat16, O)
+    return Tile(256, 128, 64, 1, 16, 2)
+
+
+def resident_tile(I: int) -> Tile:
+    """For adjacent blocks with up to 128 inputs."""
+    return Tile(16, 64, 64, 16, 16, 3) if I <= 64 else Tile(16, 32, 128, 16, 16, 2)
+
+
+def weights_tile(dtype: torch.dtype, O: int, I: int, adjacent: int = 1, shared: int = 0) -> Tile:
+    """For dw[c, o, i] = sum over m of g[m, c, o] conj(x[m, c, i]).
+
+    As wide as registers hold its sums: what is wider reads g or x again for each tile. Those of
+    many adjacent blocks pass through shared memory as they are stored.
+    """
     if dtype in HALVES:
         if adjacent == 1:
+            if min(O, I) > 64:
+                return Tile(64, 128, 128, 1, 8, 2)
             wide = max(O, I) > 32
             return Tile(64, 64, 64, 1, 4, 2) if wide else Tile(64, 32, 32, 1, 4, 2)
-        return Tile(32, 32, 32, 4, 4, 1) if adjacent <= 4 else Tile(16, 32, 32, 16, 8, 2)
+        if adjacent <= 4:
+            return Tile(32, 32, 32, 4, 4, 1)
+        if O > 32 and shared >= WIDE_SHARED:
+            return Tile(16, 64, 32, 16, 16, 2)
+        return Tile(16, 32, 32, 16, 8, 2)
     if dtype.is_complex:
         return Tile(16, 16, 16, 1, 4, 1) if adjacent == 1 else Tile(16, 16, 16, 4, 4, 1)
     return Tile(16, 32, 32, 1, 4, 2) if adjacent == 1 else Tile(16, 16, 32, 8, 8, 1)
+
+
+def gradients_tile(
+    dtype: torch.dtype, O: int, I: int, shared: int = 0, whole: bool = True
+) -> Tile | None:
+    """For dx and dw of a block per program at once, where both have room. `whole`: as above."""
+    widest = max(O, I)
+    room = (128 if shared >= RESIDENT_SHARED else 64) if whole else 32
+    if dtype not in HALVES or widest > room:
+        return None
+    if widest <= 32:
+        return Tile(64, 32, 32, 1, 4, 2)
+    return Tile(64, 64, 64, 1, 4, 3) if widest <= 64 else Tile(64, 128, 128, 1, 8, 2)
 
 
 def interpreted_tile(adjacent: int = 1) -> Tile:

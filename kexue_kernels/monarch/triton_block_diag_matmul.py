@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kexue_kernels.monarch.triton_monarch_products import product, weights_gradient
+from kexue_kernels.monarch.triton_monarch_products import gradients, product, weights_gradient
 
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,8 +18,11 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     k, q, p = w.shape
     want_x, want_w = wanted
-    g = grad.unflatten(1, (k, q))
-    dx = grad.new_empty(grad.shape[0], k * p) if want_x else None
-    if dx is not None:
-        product(g, w.mT, None, dx.unflatten(1, (k, p)), conjugate=True)
-    return dx, weights_gradient(g, x.unflatten(1, (k, p))) if want_w else None
+    g, rows = grad.unflatten(1, (k, q)), x.unflatten(1, (k, p))
+    if not want_x:
+        return None, weights_gradient(g, rows) if want_w else None
+    dx = grad.new_empty(grad.shape[0], k * p)
+    if want_w:
+        return dx, gradients(g, w, rows, dx.unflatten(1, (k, p)))
+    product(g, w.mT, None, dx.unflatten(1, (k, p)), conjugate=True)
+    return dx, None

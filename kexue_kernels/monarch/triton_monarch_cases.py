@@ -5,12 +5,26 @@ from dataclasses import dataclass
 
 import torch
 
-from kexue_kernels.monarch.plan import FUSED, HALVES, Tile, product_tile, weights_tile
+from kexue_kernels.monarch.plan import (
+    FUSED,
+    HALVES,
+    PANEL,
+    RESIDENT_FUSED,
+    RESIDENT_SHARED,
+    WIDE_SHARED,
+    FusedTile,
+    Tile,
+    gradients_tile,
+    panel_tile,
+    product_tile,
+    resident_tile,
+    weights_tile,
+)
 from kexue_kernels.offline import TritonCase
+from kexue_kernels.offline.archs import ARCHS
 
 _MODULE = "kexue_kernels.monarch.triton_monarch_"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.complex64)
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,8 @@ class _Variant:
     transposed: bool = False
     precision: str = "ieee"
     whole: bool = True
+    panel: bool = False
+    shared: int = 0  # bytes that a device must have
 
     def name(self, what: str, tile: Tile) -> str:
         parts = [str(self.dtype).removeprefix("torch."), what]
@@ -40,7 +56,11 @@ def compile_cases() -> list[TritonCase]:
     return [
         *(_product(variant) for variant in _products()),
         *(_weights(variant) for variant in _gradients()),
+        *(_both(_Variant(torch.bfloat16, O)) for O in (32, 64)),
+        _both(_Variant(torch.bfloat16, 128, shared=RESIDENT_SHARED)),
+        *(_resident_product(variant) for variant in _kept()),
         *(_fused(dtype, transposed) for dtype in HALVES for transposed in (False, True)),
+        *(_resident_fused(dtype) for dtype in HALVES),
     ]
 
 
@@ -48,6 +68,7 @@ def _products() -> Iterator[_Variant]:
     bf16 = torch.bfloat16
     for O in (32, 64, 128):
         yield _Variant(bf16, O)
+        yield _Variant(bf16, O, panel=True)
     for adjacent in (False, True):
         yield _Variant(bf16, adjacent=adjacent, transposed=True)
         yield _Variant(torch.float16, adjacent=adjacent)
@@ -57,12 +78,19 @@ def _products() -> Iterator[_Variant]:
         yield _Variant(bf16, C=C, adjacent=True)
 
 
+def _kept() -> Iterator[_Variant]:
+    for I in (64, 128):
+        yield _Variant(torch.bfloat16, I, adjacent=True, shared=RESIDENT_SHARED)
+
+
 def _gradients() -> Iterator[_Variant]:
     for dtype in HALVES:
         yield _Variant(dtype, 32)
         yield _Variant(dtype, 64)
         yield _Variant(dtype, adjacent=True)
         yield _Variant(dtype, C=4, adjacent=True)
+    yield _Variant(torch.bfloat16, 128)
+    yield _Variant(torch.bfloat16, adjacent=True, shared=WIDE_SHARED)
     for adjacent in (False, True):
         yield from _wide(adjacent)
 
@@ -75,7 +103,7 @@ def _wide(adjacent: bool) -> Iterator[_Variant]:
 
 def _product(variant: _Variant) -> TritonCase:
     v = variant
-    tile = product_tile(v.dtype, v.O, v.beside, v.whole)
+    tile = panel_tile(v.O) if v.panel else product_tile(v.dtype, v.O, v.beside, v.whole)
     last = "c" if v.adjacent else None
     arguments = {
         **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), _pointer(v.dtype)),
@@ -83,23 +111,44 @@ def _product(variant: _Variant) -> TritonCase:
         **_strides(v.dtype, "x", "mci", last or "i"),
         **_strides(v.dtype, "w", "coi", "o" if v.transposed else "i"),
         **_strides(v.dtype, "bias", "co", last or "o"),
-        **_strides(v.dtype, "y", "mco", last or "o"),
+        **_strides(v.dtype, "y", "mco", "" if v.panel else last or "o"),
         "I": v.O,
         "COMPLEX": v.dtype.is_complex,
         "CONJUGATE": v.transposed,
         "PRECISION": v.precision,
         "WIDE": False,
+        **({} if v.adjacent else {"PANEL": PANEL if v.panel else 0}),
         **_blocks(tile, v.adjacent),
     }
-    what = "adjacent" if v.adjacent else "block"
-    kernel = f"{_MODULE}product_kernel:{what}_product_kernel"
+    if v.panel:
+        arguments |= {"bias_ptr": None, "bias_c": 0, "bias_o": 0}
+    what = "panel" if v.panel else "adjacent" if v.adjacent else "block"
+    kernel = f"{_MODULE}product_kernel:{'adjacent' if v.adjacent else 'block'}_product_kernel"
     size = v.dtype.itemsize
     return _case(v, f"{what}-product", tile, kernel, arguments, 2 * size, 2 * v.O)
 
 
+def _resident_product(variant: _Variant) -> TritonCase:
+    v, tile = variant, resident_tile(variant.O)
+    arguments = {
+        **dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), _pointer(v.dtype)),
+        **dict.fromkeys(("rows", "blocks", "O", "x_panel", "x_c", "x_i"), "i32"),
+        **_strides(v.dtype, "w", "coi", "i"),
+        **_strides(v.dtype, "bias", "co", "c"),
+        **_strides(v.dtype, "y", "mco", "c"),
+        "I": v.O,
+        "PANEL": PANEL,
+        "WIDE": False,
+        **_blocks(tile, True),
+    }
+    kernel = f"{_MODULE}product_kernel:resident_product_kernel"
+    size = v.dtype.itemsize
+    return _case(v, "resident-product", tile, kernel, arguments, 2 * size, 2 * v.O)
+
+
 def _weights(variant: _Variant) -> TritonCase:
     v = variant
-    tile = weights_tile(v.dtype, v.O, v.O, v.beside)
+    tile = weights_tile(v.dtype, v.O, v.O, v.beside, v.shared)
     last = "c" if v.adjacent else None
     real = v.dtype.is_complex or v.dtype == torch.float32
     arguments = {
@@ -122,30 +171,72 @@ def _weights(variant: _Variant) -> TritonCase:
     return _case(v, f"{what}-weights", tile, kernel, arguments, 2 * size, 2 * v.O)
 
 
+def _both(variant: _Variant) -> TritonCase:
+    v, tile = variant, gradients_tile(variant.dtype, variant.O, variant.O, variant.shared)
+    assert tile is not None
+    arguments = {
+        **dict.fromkeys(("g_ptr", "w_ptr", "x_ptr", "dx_ptr"), _pointer(v.dtype)),
+        "dw_ptr": "*fp32",
+        **dict.fromkeys(("rows", "blocks"), "i32"),
+        **_strides(v.dtype, "g", "mco", "o"),
+        **_strides(v.dtype, "w", "coi", "i"),
+        **_strides(v.dtype, "x", "mci", "i"),
+        **_strides(v.dtype, "dx", "mci", "i"),
+        "dw_split": "i32",
+        **_strides(torch.float32, "dw", "coi", "i"),
+        **dict.fromkeys("OI", v.O),
+        "SPLIT": 4096,
+        "WIDE": False,
+        **_blocks(tile, False),
+    }
+    kernel = f"{_MODULE}weights_kernel:block_gradients_kernel"
+    size = v.dtype.itemsize
+    return _case(v, "block-gradients", tile, kernel, arguments, 3 * size, 4 * v.O)
+
+
 def _fused(dtype: torch.dtype, transposed: bool) -> TritonCase:
     """32 blocks of 32 x 32."""
     v = _Variant(dtype, 32, 32, transposed=transposed)
-    x, u, w, y = ("a", "c", "o", "o") if transposed else ("i", "i", "a", "c")
-    arguments = {
+    x, y = ("a", "o") if transposed else ("i", "c")
+    arguments = _fused_arguments(dtype, FUSED, x, "c" if transposed else "i", y)
+    arguments["STORE_C_LAST"] = not transposed
+    if transposed:
+        arguments |= {"bias_ptr": None, "bias_c": 0, "bias_o": 0}
+    kernel = f"{_MODULE}fused_kernel:fused_kernel"
+    return _case(v, "fused", _tile(FUSED), kernel, arguments, 2 * dtype.itemsize, 4 * 32)
+
+
+def _resident_fused(dtype: torch.dtype) -> TritonCase:
+    """32 blocks of 32 x 32."""
+    v, tile = _Variant(dtype, 32, 32, shared=RESIDENT_SHARED), RESIDENT_FUSED
+    arguments = _fused_arguments(dtype, tile, "i", "i", "c")
+    kernel = f"{_MODULE}fused_kernel:resident_fused_kernel"
+    costs = 2 * dtype.itemsize, 4 * 32
+    return _case(v, "resident-fused", _tile(tile), kernel, arguments, *costs)
+
+
+def _fused_arguments(
+    dtype: torch.dtype, tile: FusedTile, x: str, u: str, y: str
+) -> dict[str, object]:
+    """x, u, y: the fastest axes."""
+    return {
         **dict.fromkeys(("x_ptr", "u_ptr", "v_ptr", "bias_ptr", "y_ptr"), _pointer(dtype)),
         "rows": "i32",
         "outer": "i32",
         **_strides(dtype, "x", "mai", x),
         **_strides(dtype, "u", "aci", u),
-        **_strides(dtype, "v", "coa", w),
+        **_strides(dtype, "v", "coa", "a" if u == "i" else "o"),
         "bias_c": 1,
         "bias_o": "i32",
         **_strides(dtype, "y", "mco", y),
         **dict.fromkeys("AIO", 32),
-        "STORE_C_LAST": not transposed,
         "WIDE": False,
-        **{k: n for k, n in FUSED._asdict().items() if k.startswith("BLOCK")},
+        **{k: n for k, n in tile._asdict().items() if k.startswith("BLOCK")},
     }
-    if transposed:
-        arguments |= {"bias_ptr": None, "bias_c": 0, "bias_o": 0}
-    tile = Tile(FUSED.BLOCK_M, FUSED.BLOCK_O, FUSED.BLOCK_I, FUSED.BLOCK_C, *FUSED[-2:])
-    kernel = f"{_MODULE}fused_kernel:fused_kernel"
-    return _case(v, "fused", tile, kernel, arguments, 2 * dtype.itemsize, 4 * 32)
+
+
+def _tile(tile: FusedTile) -> Tile:
+    return Tile(tile.BLOCK_M, tile.BLOCK_O, tile.BLOCK_I, tile.BLOCK_C, *tile[-2:])
 
 
 def _case(
@@ -159,6 +250,7 @@ def _case(
 ) -> TritonCase:
     types = {k: v for k, v in arguments.items() if isinstance(v, str) and k != "PRECISION"}
     parts = 4 if variant.dtype.is_complex else 1
+    able = [arch.name for arch in ARCHS.values() if arch.shared_per_block >= variant.shared]
     return TritonCase(
         op="monarch_matmul",
         name=variant.name(what, tile),
@@ -172,6 +264,7 @@ def _case(
         divisible_by_16=tuple(
             k for k, v in types.items() if v[0] == "*" or (k != "rows" and variant.whole)
         ),
+        archs=tuple(able),
     )
 
 

@@ -24,6 +24,13 @@ def index(size: tl.constexpr, WIDE: tl.constexpr):
 
 
 @inline
+def in_panels(tile, panel, PANEL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Where a tile of rows begins, in panels of PANEL rows with rows fastest, `panel` apart."""
+    each: tl.constexpr = PANEL // BLOCK_M
+    return tl.cast(tile // each, tl.int64) * panel + tile % each * BLOCK_M
+
+
+@inline
 def load(ptrs, mask, COMPLEX: tl.constexpr):
     if COMPLEX:
         return (tl.load(ptrs, mask, 0.0), tl.load(ptrs + 1, mask, 0.0))

@@ -1,6 +1,6 @@
 """Modules with state, a folder for each family."""
 
-from kexue_kernels.nn.mla import PagedLatentCache
+from kexue_kernels.nn.mla import MultiheadLatentAttention, PagedLatentCache
 from kexue_kernels.nn.monarch import MonarchLinear
 from kexue_kernels.nn.scan import LRU, RGLRU, S4D, MambaMixer, MambaState
 from kexue_kernels.nn.vq import FSQ, ResidualVQ, VectorQuantizer
@@ -13,6 +13,7 @@ __all__ = [
     "MambaMixer",
     "MambaState",
     "MonarchLinear",
+    "MultiheadLatentAttention",
     "PagedLatentCache",
     "ResidualVQ",
     "VectorQuantizer",

@@ -45,7 +45,12 @@ def _selective_scan(_dtype: str, size: int, backward: bool, n: int = 16) -> Cost
     return Cost(size * 7, 20 * n + 30) if backward else Cost(size * 4, 6 * n + 12)
 
 
-COSTS: Mapping[str, Callable[[str], Cost | None]] = {"scan": scan}
+def mla(name: str) -> Cost | None:
+    """Of a number of the cache's rows of 576 for 64 queries, values of 512."""
+    return Cost(2, 2 * 64 * (576 + 512) / 576) if "hopper" in name else None
+
+
+COSTS: Mapping[str, Callable[[str], Cost | None]] = {"scan": scan, "mla": mla}
 
 
 def cost(family: str, name: str) -> Cost | None:

@@ -37,6 +37,12 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def bytes_of(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+QUERY = torch.ones(2, 1, 3, 132).bfloat16()
+
 DECODE: list[tuple[Change, type[Exception], str]] = [
     ({"q": [1]}, TypeError, "q: expected a torch.Tensor, got list"),
     ({"q": torch.ones(2, 3, 6)}, ValueError, r"q: expected shape \[B, Tq, H, dc \+ dr\]"),
@@ -46,6 +52,31 @@ DECODE: list[tuple[Change, type[Exception], str]] = [
     ({"kv_cache": torch.ones(5, 4, 7)}, ValueError, "kv_cache: expected shape"),
     ({"kv_cache": torch.ones(5, 4, 2, 6)}, ValueError, "kv_cache: expected shape"),
     ({"kv_cache": torch.ones(5, 0, 6)}, ValueError, "kv_cache: expected block_size of at least 1"),
+    (
+        {"kv_cache": bytes_of(5, 4, 6)},
+        ValueError,
+        "q: expected dtype bfloat16 beside a kv_cache of bytes, got float32",
+    ),
+    (
+        {"q": QUERY, "kv_cache": bytes_of(5, 4, 140), "head_dim_v": 120},
+        ValueError,
+        "kv_cache: expected dc a multiple of 128.*got dc = 120 and dr = 12",
+    ),
+    (
+        {"q": QUERY[..., :131], "kv_cache": bytes_of(5, 4, 138), "head_dim_v": 128},
+        ValueError,
+        "kv_cache: expected dc .* dr an even number.*got dc = 128 and dr = 3",
+    ),
+    (
+        {"q": QUERY, "kv_cache": bytes_of(5, 4, 141), "head_dim_v": 128},
+        ValueError,
+        r"kv_cache: expected shape \[num_blocks, block_size, dc \+ dc/32 \+ 2 dr\] = \[5, 4, 140\]",
+    ),
+    (
+        {"q": QUERY, "kv_cache": bytes_of(5, 4, 1, 656), "head_dim_v": 128},
+        ValueError,
+        r"kv_cache: expected shape .* = \[5, 4, 1, 140\]",
+    ),
     ({"block_table": torch.ones(2, 2)}, ValueError, "block_table: expected dtype int32"),
     ({"block_table": ints(0, 1)}, ValueError, r"block_table: expected shape \[B, max_blocks\]"),
     ({"block_table": ints(0, 1)[None]}, ValueError, "block_table: expected shape"),
@@ -82,6 +113,20 @@ APPEND: list[tuple[Change, type[Exception], str]] = [
     ({"k_rope": torch.ones(3, 2).half()}, ValueError, "k_rope: expected dtype float32"),
     ({"kv_cache": torch.ones(5, 4, 7)}, ValueError, "kv_cache: expected shape"),
     ({"kv_cache": torch.ones(5, 4, 6).half()}, ValueError, "kv_cache: expected dtype float32"),
+    (
+        {"kv_cache": bytes_of(5, 4, 6)},
+        ValueError,
+        "kv_latent: expected dtype bfloat16 beside a kv_cache of bytes, got float32",
+    ),
+    (
+        {
+            "kv_latent": torch.ones(3, 4).bfloat16(),
+            "k_rope": torch.ones(3, 2).bfloat16(),
+            "kv_cache": bytes_of(5, 4, 8),
+        },
+        ValueError,
+        "kv_cache: expected dc a multiple of 128.*got dc = 4",
+    ),
     ({"slot_mapping": torch.ones(3)}, ValueError, "slot_mapping: expected dtype"),
     ({"slot_mapping": torch.arange(2)}, ValueError, r"slot_mapping: expected shape \[T\]"),
     (
@@ -127,6 +172,30 @@ def test_an_odd_key_can_not_be_turned(width: int) -> None:
     given = appending(k_rope=torch.ones(3, 3), kv_cache=torch.zeros(5, 4, 7))
     with pytest.raises(ValueError, match="k_rope: expected an even dr"):
         kk.mla_cache_append(**given, cos=torch.ones(3, width), sin=torch.ones(3, width))
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [bytes_of(5, 4, 142)[..., :140], bytes_of(5, 4, 141)[..., 1:], bytes_of(5, 4, 280)[..., ::2]],
+)
+def test_scales_are_read_as_they_lie(cache: Tensor) -> None:
+    given = decoding(q=QUERY, kv_cache=cache, head_dim_v=128)
+    words = "kv_cache: expected the bytes of a row side by side and rows at multiples of 4 bytes"
+    with pytest.raises(ValueError, match=words):
+        kk.mla_decode(**given)
+    latent, key = QUERY[:, 0, 0, :128], QUERY[:, 0, 0, 128:]
+    with pytest.raises(ValueError, match=words):
+        kk.mla_cache_append(latent, key, cache, torch.arange(2))
+    assert not cache.any()
+
+
+@pytest.mark.parametrize("wrong", [False, 1])
+def test_flash_mla_s_word_on_bytes_must_agree(wrong: object) -> None:
+    given = decoding(q=QUERY, k_cache=bytes_of(5, 4, 140), head_dim_v=128)
+    del given["kv_cache"]
+    error, words = (TypeError, "a bool, got int") if wrong == 1 else (ValueError, "True.*uint8")
+    with pytest.raises(error, match=f"is_fp8_kvcache: expected {words}"):
+        kk.flash_mla_with_kvcache(**given, is_fp8_kvcache=wrong)
 
 
 def with_grad(make: Callable[..., dict[str, object]], name: str) -> dict[str, object]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kexue_kernels.mla.triton_mla_decode import choose_splits, configure
+from kexue_kernels.mla.splits import choose_splits
+from kexue_kernels.mla.triton_mla_decode import configure
 from tests.mla.cases import CASES, Case, check
 
 MORE = [

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import kexue_kernels as kk
+from kexue_kernels.mla import fp8
 
 DC, DR = 3, 2
 
@@ -104,6 +105,11 @@ def test_a_batch_of_forks_needs_one_page_less() -> None:
         (lambda c, s: c.select([s, s]), ValueError, "seq_ids: expected each sequence once"),
         (lambda c, s: kk.nn.PagedLatentCache(0, 4, 3, 2), ValueError, "num_blocks"),
         (lambda c, s: kk.nn.PagedLatentCache(4, 1.5, 3, 2), TypeError, "block_size"),
+        (
+            lambda c, s: kk.nn.PagedLatentCache(4, 4, 3, 2, dtype=torch.float8_e4m3fn),
+            ValueError,
+            "dtype: expected dc a multiple of 128",
+        ),
     ],
 )
 def test_bad_input(call: object, error: type[Exception], words: str) -> None:
@@ -113,6 +119,47 @@ def test_bad_input(call: object, error: type[Exception], words: str) -> None:
         call(cache, seq_id)  # type: ignore[operator]
     assert cache.length(seq_id) == 0
     assert cache.free_blocks == 2
+
+
+def test_tokens_in_bytes() -> None:
+    """Appended, shared, copied on write and read, as the bfloat16 that the bytes stand for."""
+    rng = random.Random(0)
+    cache = kk.nn.PagedLatentCache(9, 4, 128, 6, dtype=torch.float8_e4m3fn)
+    assert cache.kv_cache.dtype == torch.uint8
+    assert cache.kv_cache.shape == (9, 4, 128 + 4 + 12)
+    assert cache.half().kv_cache.dtype == torch.uint8
+    model: dict[int, list[Tensor]] = {cache.allocate(): []}
+    full = 0
+    for _ in range(300):
+        seq_id = rng.choice(sorted(model))
+        if rng.random() < 0.15 and len(model) < 4:
+            model[cache.fork(seq_id)] = list(model[seq_id])
+        elif rng.random() < 0.1 and len(model) > 1:
+            cache.free(seq_id)
+            del model[seq_id]
+        else:
+            tokens = torch.randn(1, rng.randrange(4), 134).bfloat16()
+            try:
+                cache.select([seq_id]).append(tokens[..., :128], tokens[..., 128:])
+            except kk.CacheFullError:
+                full += 1
+                cache.free(seq_id)
+                del model[seq_id]
+                model[cache.allocate()] = []
+            else:
+                model[seq_id] += tokens[0].unbind()
+        for each, expected in model.items():
+            packed = [fp8.pack(token[:128], token[128:]) for token in expected]
+            rows = torch.stack(packed) if packed else torch.empty(0, 144, dtype=torch.uint8)
+            assert torch.equal(rows_of(cache, each), rows)
+    assert full > 10
+    batch = cache.select(sorted(model))
+    q = torch.randn(len(model), 1, 3, 134).bfloat16()
+    tables = batch.block_table(), batch.cache_seqlens()
+    options = {"head_dim_v": 128, "softmax_scale": 0.1}
+    out = kk.mla_decode(q, cache.kv_cache, *tables, **options)
+    as_numbers = kk.mla_decode(q, fp8.unpack(cache.kv_cache, 128), *tables, **options)
+    torch.testing.assert_close(out, as_numbers)
 
 
 def test_ten_thousand_operations_against_a_dictionary() -> None:

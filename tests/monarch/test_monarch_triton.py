@@ -1,8 +1,9 @@
 """The monarch family's Triton kernels: in the interpreter with tiny sizes, and as compiled."""
 
+from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kexue_kernels.monarch.triton_monarch_cases import compile_cases
 from kexue_kernels.offline import pool
 from kexue_kernels.offline import triton as offline
 from kexue_kernels.offline.archs import ARCHS
+from kexue_kernels.offline.instructions import _hottest_body
 from tests.monarch.cases import DTYPES, Blocks, Case, check_close, make, run, widened
 
 BF16, FP16, F32, C64 = torch.bfloat16, torch.float16, torch.float32, torch.complex64
@@ -32,6 +34,7 @@ EVERY = [
     SQUARE,
     replace(SQUARE, dtype=FP16, p=32, bias=False),
     *(Blocks(dtype=dtype) for dtype in DTYPES),
+    Blocks(k=2, q=48, p=64, N=70, dtype=FP16),
     Blocks(k=2, q=18, p=17, N=70, dtype=BF16, strided=True, bias=False),
 ]
 
@@ -64,8 +67,23 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for what in ("product", "weights"):
         record(triton_monarch_products, f"block_{what}_kernel")
         record(triton_monarch_products, f"adjacent_{what}_kernel")
+    record(triton_monarch_products, "block_gradients_kernel")
+    record(triton_monarch_products, "resident_product_kernel")
     record(triton_monarch_matmul, "fused_kernel")
+    record(triton_monarch_matmul, "resident_fused_kernel")
     return names
+
+
+@pytest.fixture
+def resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors stay on chip where they fit, as in many rows on a GPU with shared memory for them."""
+
+    def chosen(shape: plan.Shape, shared: int, vectors: bool) -> plan.Plan:
+        found = [p for p in plan.costs(shape, plan.RESIDENT_SHARED) if p.resident]
+        return min(found if vectors else found[:1], key=lambda each: each.seconds)
+
+    monkeypatch.setattr(triton_monarch_matmul, "plan", chosen)
+    monkeypatch.setattr(triton_monarch_products, "PANEL", 32)
 
 
 def test_one_kernel_where_everything_fits(launched: list[str]) -> None:
@@ -86,7 +104,30 @@ def test_two_kernels_elsewhere_and_no_copy(launched: list[str]) -> None:
     del inputs["bias"]
     triton_monarch_matmul.backward(grad, **inputs, wanted=(True, True, True))
     second = ["block_product", "adjacent_weights"]  # z again, and w2's gradient
-    assert launched == [*second, "adjacent_product", "block_product", "block_weights"]
+    assert launched == [*second, "adjacent_product", "block_gradients"]
+
+
+ONE = ["resident_fused"]
+TWO = ["block_product", "resident_product"]
+KEPT = [
+    (Case(k=32, q=32, p=16, l=32, s=32, N=37, dtype=BF16), ONE),  # three tiles of rows
+    (Case(k=32, q=48, p=32, l=48, s=16, N=150, dtype=FP16), ONE),  # two groups, 5 tiles each
+    (Case(k=16, q=48, p=16, l=16, s=80, N=40, dtype=BF16), TWO),  # two tiles of outputs
+    (Case(k=16, q=80, p=16, l=16, s=48, N=35, dtype=FP16), TWO),  # by 32 outputs
+    (Case(k=16, q=96, p=16, l=32, s=16, N=20, dtype=BF16, bias=False, strided=True), TWO),
+]
+
+
+@pytest.mark.parametrize(("case", "kernels"), KEPT, ids=str)
+def test_factors_that_stay_on_chip(
+    case: Case, kernels: list[str], resident: None, launched: list[str], poisoned: None
+) -> None:
+    inputs, grad = make(case)
+    exact = run(case, {n: widened(x) for n, x in inputs.items()}, widened(grad), "reference")
+    own = run(case, inputs, grad, "reference")
+    y = triton_monarch_matmul.forward(**({"bias": None} | inputs))
+    assert launched == kernels
+    check_close("y", y, own["y"], exact["y"])
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -188,9 +229,24 @@ def test_block_diag_gradients_on_their_own() -> None:
 MULTIPLIED_BY = {  # on sm_90
     "bfloat16-block-product-128x64x64x1": "HGMMA",
     "bfloat16-block-weights-64x64x64x1": "HGMMA",
+    "bfloat16-block-weights-64x128x128x1": "HGMMA",
+    "bfloat16-block-gradients-64x64x64x1": "HGMMA",
+    "bfloat16-adjacent-weights-16x64x32x16": "HMMA",
+    "bfloat16-panel-product-128x64x64x1": "HGMMA",
+    "bfloat16-panel-product-256x128x64x1": "HGMMA",
     "bfloat16-adjacent-product-64x32x32x16": "HMMA",
     "bfloat16-fused-64x32x32x16": "HMMA",
+    "bfloat16-resident-product-16x64x64x16": "HMMA",
+    "bfloat16-resident-product-16x32x128x16": "HMMA",
+    "bfloat16-resident-fused-16x32x32x32": "HMMA",
 }
+
+
+class Compiled(NamedTuple):
+    shared: int
+    problems: list[str]
+    tensor_opcodes: list[str]
+    widths: dict[str, set[int]]  # of accesses in the hottest loop, by opcode
 
 
 def test_every_rule_has_its_case() -> None:
@@ -201,19 +257,54 @@ def test_every_rule_has_its_case() -> None:
             for beside in (1, 2, 4, 5, 64):
                 for whole in (False, True):
                     assert plan.product_tile(dtype, O, beside, whole)[:4] in tiles
-                assert plan.weights_tile(dtype, O, 8, beside)[:4] in tiles
+                for I, shared in ((8, 0), (65, plan.WIDE_SHARED)):
+                    assert plan.weights_tile(dtype, O, I, beside, shared)[:4] in tiles
+    for O in (16, 33, 64, 65, 128):
+        assert plan.gradients_tile(BF16, O, 8, plan.RESIDENT_SHARED)[:4] in tiles  # type: ignore[index]
+        assert plan.panel_tile(O)[:4] in tiles
+        assert plan.resident_tile(O)[:4] in tiles
     names = [case.name for case in compile_cases()]
     assert len(set(names)) == len(names)
 
 
-def test_tensor_cores_multiply() -> None:
-    jobs: list[Any] = [(tensor_opcodes, (name,)) for name in MULTIPLIED_BY]
-    found = dict(zip(MULTIPLIED_BY, pool.run(jobs), strict=True))
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    jobs: list[Any] = [(compile_case, (name,)) for name in MULTIPLIED_BY]
+    return dict(zip(MULTIPLIED_BY, pool.run(jobs), strict=True))  # type: ignore[arg-type]
+
+
+def test_tensor_cores_multiply(compiled: dict[str, Compiled]) -> None:
+    found = {name: each.tensor_opcodes for name, each in compiled.items()}
     assert found == {name: [opcode] for name, opcode in MULTIPLIED_BY.items()}
 
 
-def tensor_opcodes(name: str) -> list[str]:
-    """Those of a case on sm_90. For a process where Triton does not interpret."""
-    (case,) = (case for case in compile_cases() if case.name == name)
-    needs = offline._read_nvidia(offline._compile(case, ARCHS["sm_90"]))
-    return sorted({i.opcode.split(".")[0] for i in needs.code if i.kind == "tensor"})
+def test_shared_memory_is_what_rules_ask_for(compiled: dict[str, Compiled]) -> None:
+    kept = {case.name for case in compile_cases() if case.archs == ("sm_90", "sm_100")}
+    wide = {case.name for case in compile_cases() if case.archs == ("sm_80", "sm_90", "sm_100")}
+    assert kept & set(compiled) == {name for name in MULTIPLIED_BY if "-resident-" in name}
+    for name, each in compiled.items():
+        assert each.problems == [], name
+        limit = plan.WIDE_SHARED if name in wide else 99 * 1024
+        assert each.shared <= (plan.RESIDENT_SHARED if name in kept else limit), name
+
+
+def test_rows_pass_in_whole_vectors(compiled: dict[str, Compiled]) -> None:
+    """Past factors that stay: from memory in copies that need no registers, 16 bytes a lane."""
+    for name, each in compiled.items():
+        if "-resident-" in name:
+            widths = each.widths
+            assert widths["LDGSTS"] == widths["STG"] == widths["LDSM"] == {16}, name
+
+
+def compile_case(name: str) -> Compiled:
+    """On sm_90. For a process where Triton does not interpret."""
+    found = compile_cases()
+    (place,) = (n for n, case in enumerate(found) if case.name == name)
+    (card,) = offline.cards("monarch", "kexue_kernels.monarch.triton_monarch_cases", place, "sm_90")
+    needs = offline._read_nvidia(offline._compile(found[place], ARCHS["sm_90"]))
+    tensor = {i.opcode.split(".")[0] for i in needs.code if i.kind == "tensor"}
+    widths = defaultdict(set)
+    for instruction in _hottest_body(needs.code):
+        widths[instruction.opcode.split(".")[0]].add(instruction.bytes)
+    assert card.shared is not None
+    return Compiled(card.shared, card.problems, sorted(tensor), dict(widths))

@@ -4,13 +4,21 @@ import pytest
 import torch
 
 from kexue_kernels.monarch.plan import (
+    PANEL,
+    RESIDENT_SHARED,
+    WIDE_SHARED,
     Rates,
     Shape,
     costs,
     fusable,
+    gradients_tile,
     interpreted_tile,
+    keepable,
+    panel_tile,
     plan,
     product_tile,
+    resident_programs,
+    resident_tile,
     split_rows,
     weights_tile,
 )
@@ -25,12 +33,44 @@ def square(n: int, blocks: int, dtype: torch.dtype = BF16, rows: int = ROWS) -> 
     return Shape(rows, blocks, each, each, blocks, each, each, dtype)
 
 
+def way(shape: Shape, shared: int = 0) -> tuple[str, bool]:
+    return plan(shape, shared)[:2]
+
+
 def test_each_way_where_it_is_the_cheapest() -> None:
-    assert plan(square(256, 16)).path == "fused"
-    assert plan(square(1024, 32)).path == "split"
-    assert plan(square(4096, 64)).path == "two"
-    assert plan(square(16384, 128)).path == "two"
-    assert plan(square(1024, 4)).path == "two"
+    assert way(square(256, 16)) == ("fused", False)
+    assert way(square(1024, 32)) == ("split", False)
+    assert way(square(1024, 4)) == ("two", False)
+    assert way(square(4096, 64)) == ("two", False)
+    assert way(square(16384, 128)) == ("two", False)
+
+
+def test_each_way_where_shared_memory_holds_the_factors() -> None:
+    assert way(square(256, 16), RESIDENT_SHARED) == ("fused", False)
+    assert way(square(1024, 32), RESIDENT_SHARED) == ("fused", True)
+    assert way(square(1024, 32), RESIDENT_SHARED - 1) == ("split", False)
+    assert way(square(1024, 4), RESIDENT_SHARED) == ("two", False)
+    assert way(Shape(ROWS, 32, 64, 32, 64, 32, 32, BF16), RESIDENT_SHARED) == ("split", True)
+    for n, blocks in ((2048, 32), (4096, 64), (16384, 128)):
+        assert way(square(n, blocks), RESIDENT_SHARED) == ("two", True)
+
+
+@pytest.mark.parametrize(
+    ("n", "blocks", "fetching", "resident"),
+    [
+        (1024, 32, 1.54, 1.00),
+        (2048, 32, 4.98, 3.90),
+        (4096, 64, 9.86, 7.72),
+        (16384, 128, 59.7, 45.2),
+    ],
+)
+def test_what_an_h200_is_predicted_to_need(
+    n: int, blocks: int, fetching: float, resident: float
+) -> None:
+    """In ns a row, as the family's page has it."""
+    for shared, expected in ((0, fetching), (RESIDENT_SHARED, resident)):
+        found = plan(square(n, blocks), shared).seconds / ROWS
+        assert found * 1e9 == pytest.approx(expected, rel=5e-3)
 
 
 def test_what_bounds_each_way() -> None:
@@ -39,18 +79,74 @@ def test_what_bounds_each_way() -> None:
     row, factor = 2048, 65536
     x = ROWS * row
 
-    def seconds(rates: Rates) -> dict[str, float]:
-        return {each.path: each.seconds for each in costs(square(1024, 32), rates)}
+    def seconds(rates: Rates) -> dict[tuple[str, bool], float]:
+        found = costs(square(1024, 32), RESIDENT_SHARED, rates)
+        return {each[:2]: each.seconds for each in found}
 
-    assert seconds(slow_memory) == pytest.approx(
-        {"split": (2 * x + 2 * factor) / 1e9, "two": (4 * x + 2 * factor) / 1e9}
-    )
+    ways = ("fused", True), ("split", False), ("two", False)
+    whole, each = 2 * x + 2 * factor, 4 * x + 2 * factor
+    expected = dict(zip(ways, (whole / 1e9, whole / 1e9, each / 1e9), strict=True))
+    assert seconds(slow_memory) == pytest.approx(expected)
+    kept = 2 * x + 132 * 2 * factor  # once for each multiprocessor
+    split = 3 * x + ROWS / 64 * 2 * factor  # x once for each half of the l-blocks
     first = 2 * x + ROWS / 128 * factor
     second = 2 * x + ROWS / 64 * factor
-    split = 3 * x + ROWS / 64 * 2 * factor  # x once for each half of the l-blocks
-    assert seconds(slow_l2) == pytest.approx({"split": split / 1e9, "two": (first + second) / 1e9})
-    launches = seconds(Rates(1e18, 1e18, 1.0))
-    assert launches == pytest.approx({"split": 1.0, "two": 2.0})
+    expected = dict(zip(ways, (kept / 1e9, split / 1e9, (first + second) / 1e9), strict=True))
+    assert seconds(slow_l2) == pytest.approx(expected)
+    expected = dict(zip(ways, (1.0, 1.0, 2.0), strict=True))
+    assert seconds(Rates(1e18, 1e18, 1.0)) == pytest.approx(expected)
+
+
+def test_what_bounds_two_kernels_of_which_the_second_is_resident() -> None:
+    """By hand, n = 16384 with 128 blocks in bfloat16: 32 KiB a row, 4 MiB a factor."""
+    row, factor = 2**15, 2**22
+    x = ROWS * row
+    found = costs(square(16384, 128), RESIDENT_SHARED, Rates(1e18, 1e9, 0))
+    assert [each[:2] for each in found] == [("two", False), ("two", True)]
+    first = 2 * x + ROWS / 256 * factor
+    second = 5 * x + 4 * factor  # z for each quarter of the outputs; 32 parts in 4 programs each
+    assert found[1].seconds == pytest.approx((first + second) / 1e9)
+
+
+def test_rows_that_are_not_whole_vectors_are_not_fused() -> None:
+    assert plan(square(1024, 32), vectors=False).path == "two"
+    assert plan(square(1024, 32), RESIDENT_SHARED, vectors=False)[:2] == ("two", False)
+    assert plan(square(4096, 64), RESIDENT_SHARED, vectors=False)[:2] == ("two", True)
+
+
+def test_what_can_be_kept() -> None:
+    shape = square(4096, 64)
+    assert keepable(shape)
+    assert keepable(shape._replace(dtype=FP16))
+    assert not keepable(shape._replace(dtype=F32))
+    assert not keepable(shape._replace(p=40))
+    assert not keepable(square(1024, 32))  # too small
+    assert not keepable(square(2**16, 256))  # too large
+
+
+@pytest.mark.parametrize("I", [33, 64, 65, 128])
+def test_what_is_kept_leaves_room_for_the_rows(I: int) -> None:
+    tile = resident_tile(I)
+    factor = 2 * tile.BLOCK_C * tile.BLOCK_O * tile.BLOCK_I
+    rows = 2 * tile.BLOCK_C * tile.BLOCK_M * tile.BLOCK_I * (tile.num_stages - 1)
+    assert tile.BLOCK_I >= I
+    assert factor + rows <= RESIDENT_SHARED
+    assert 2 * tile.BLOCK_C >= 32  # whole sectors
+
+
+def test_panels_hold_whole_tiles() -> None:
+    for O in (16, 32, 64, 128, 1000):
+        assert PANEL % panel_tile(O).BLOCK_M == 0
+    for I in (64, 128):
+        assert PANEL % resident_tile(I).BLOCK_M == 0
+        assert panel_tile(I).BLOCK_M % resident_tile(I).BLOCK_M == 0  # what is read was written
+
+
+def test_tiles_of_rows_are_dealt_to_all_multiprocessors() -> None:
+    assert resident_programs(4, 4096, 132) == 33
+    assert resident_programs(32, 4096, 132) == 4
+    assert resident_programs(1000, 4096, 132) == 1
+    assert resident_programs(4, 7, 132) == 7
 
 
 @pytest.mark.parametrize("dtype", [F32, C64])
@@ -95,11 +191,26 @@ def test_tiles_of_a_block_per_program() -> None:
         assert at_once >= min(O, 128)
     assert weights_tile(BF16, 64, 64).BLOCK_O == 64
     assert weights_tile(BF16, 16, 128).BLOCK_O == 64
+    assert weights_tile(BF16, 128, 128)[1:3] == (128, 128)
+
+
+def test_both_gradients_at_once_where_there_is_room() -> None:
+    for widest, block in ((1, 32), (32, 32), (33, 64), (64, 64)):
+        tile = gradients_tile(BF16, 1, widest)
+        assert tile is not None
+        assert tile[:4] == (64, block, block, 1)
+    assert gradients_tile(BF16, 65, 1) is None
+    assert gradients_tile(BF16, 33, 1, whole=False) is None
+    assert gradients_tile(BF16, 31, 1, whole=False) == gradients_tile(BF16, 32, 32)
+    assert gradients_tile(FP16, 65, 128, RESIDENT_SHARED) is not None
+    assert gradients_tile(FP16, 129, 128, RESIDENT_SHARED) is None
+    assert gradients_tile(F32, 16, 16, RESIDENT_SHARED) is None
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, F32, C64])
 def test_adjacent_blocks_make_whole_sectors(dtype: torch.dtype) -> None:
-    for tile in (product_tile(dtype, 64, 64), weights_tile(dtype, 64, 64, 64)):
+    wide = weights_tile(dtype, 64, 64, 64, WIDE_SHARED)
+    for tile in (product_tile(dtype, 64, 64), weights_tile(dtype, 64, 64, 64), wide):
         sector = dtype.itemsize * tile.BLOCK_C
         assert sector == 32
         assert tile.BLOCK_C % tile.num_warps == 0  # a warp of tensor cores has whole blocks

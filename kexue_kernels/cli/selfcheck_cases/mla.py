@@ -1,6 +1,7 @@
 """The mla family's cases for `selfcheck`. What a sequence must not read is NaN."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from kexue_kernels.cli.selfcheck_cases import Case, Tensors, draw
 from kexue_kernels.mla import (
     flash_mla_with_kvcache,
     merge_attention_states,
+    mla_attention,
     mla_cache_append,
     mla_decode,
 )
@@ -74,6 +76,41 @@ def flash(cache: Cache) -> Case:
     return Case("flash_mla_with_kvcache", cache.name, cache.make, call, kernels="mla_decode")
 
 
+def attention(
+    dtype: torch.dtype,
+    causal: bool = True,
+    lengths: tuple[int, ...] = (),
+    dr: int = 8,
+    strided: bool = False,
+) -> Case:
+    """Sequences of these lengths packed, or else two of 21 tokens."""
+    batch, T = (1, sum(lengths)) if lengths else (2, 21)
+    shapes = {
+        "q_nope": (batch, T, 3, 16),
+        "q_rope": (batch, T, 3, dr),
+        "kv_latent": (batch, T, 24),
+        "k_rope": (batch, T, dr),
+        "w_uk": (3, 16, 24),
+        "w_uv": (3, 12, 24),
+    }
+
+    def make() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        inputs = {name: draw(generator, *shape).to(dtype) for name, shape in shapes.items()}
+        if strided:
+            inputs = {name: x.mT.contiguous().mT for name, x in inputs.items()}
+        if lengths:
+            inputs["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return inputs
+
+    def call(inputs: Tensors, backend: str) -> dict[str, Tensor]:
+        return {"out": mla_attention(**inputs, causal=causal, softmax_scale=0.05, backend=backend)}
+
+    words = [f"{batch} x {T} x 3 x 16+{dr}", str(dtype).removeprefix("torch.")]
+    words += ["all"] * (not causal) + ["packed"] * bool(lengths) + ["strided"] * strided
+    return Case("mla_attention", " ".join(words), make, call, tuple(shapes))
+
+
 def append(dtype: torch.dtype, interleaved: bool) -> Case:
     def make() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -117,6 +154,10 @@ def merge() -> Case:
 
 
 CASES = [
+    *(attention(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    attention(torch.float32, causal=False, lengths=(9, 0, 17), dr=0),
+    attention(torch.bfloat16, causal=False, strided=True),
+    attention(torch.float16, lengths=(1, 20, 3)),
     *(decode(Cache(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     decode(Cache((4, 21), Tq=4)),
     decode(Cache((4, 21), Tq=2, dtype=torch.bfloat16), causal=False),
