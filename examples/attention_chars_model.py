@@ -12,7 +12,7 @@ import kexue_kernels as kk
 DIM, HEADS, LAYERS = 128, 8, 4
 HEAD = DIM // HEADS
 KINDS = {"MHA": HEADS, "GQA": 2, "MQA": 1}  # heads of keys and values
-LATENT, ROTATED = 4 * HEAD, HEAD // 2  # of MLA: 4 and 1/2 heads wide, as in DeepSeek-V2
+LATENT, ROTATED = 4 * HEAD, HEAD  # of MLA; DeepSeek-V2 turns half a head, which is 8 channels here
 
 
 class GroupedAttention(nn.Module):

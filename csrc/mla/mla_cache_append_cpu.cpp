@@ -1,6 +1,6 @@
 #include "mla/mla_cache_append_cpu.h"
 
-#include "vq/reading.h"
+#include "common/reading.h"
 
 namespace kexue::KEXUE_ISA {
 namespace {

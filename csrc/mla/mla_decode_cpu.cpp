@@ -2,7 +2,7 @@
 #include "mla/mla_decode_cpu.h"
 
 #include "common/exp.h"
-#include "vq/reading.h"
+#include "common/reading.h"
 
 namespace kexue::KEXUE_ISA {
 namespace {

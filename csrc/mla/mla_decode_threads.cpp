@@ -6,7 +6,7 @@
 
 #include "common/isa.h"
 #include "mla/mla_decode_cpu.h"
-#include "vq/work.h"
+#include "common/work.h"
 
 namespace kexue {
 namespace {

@@ -9,7 +9,7 @@
 #include "common/isa.h"
 #include "common/pages.h"
 #include "monarch/factor_cpu.h"
-#include "vq/work.h"
+#include "common/work.h"
 
 namespace kexue::monarch {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "common/isa.h"
-#include "vq/work.h"
+#include "common/work.h"
 
 namespace kexue {
 namespace {

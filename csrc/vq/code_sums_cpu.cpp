@@ -1,6 +1,6 @@
 #include "vq/code_sums_cpu.h"
 
-#include "vq/reading.h"
+#include "common/reading.h"
 
 namespace kexue::KEXUE_ISA {
 

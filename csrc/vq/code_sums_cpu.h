@@ -2,7 +2,7 @@
 #pragma once
 
 #include "build_config.h"
-#include "vq/matrix.h"
+#include "common/matrix.h"
 
 namespace kexue {
 

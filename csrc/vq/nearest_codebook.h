@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "vq/matrix.h"
+#include "common/matrix.h"
 
 namespace kexue {
 

@@ -1,7 +1,7 @@
 // A tile is a panel of rows, one per lane, times a panel of codes: its products stay in registers.
 #include "vq/nearest_codebook_cpu.h"
 
-#include "vq/reading.h"
+#include "common/reading.h"
 
 namespace kexue::KEXUE_ISA {
 namespace {

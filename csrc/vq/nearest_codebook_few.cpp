@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/isa.h"
-#include "vq/work.h"
+#include "common/work.h"
 
 namespace kexue {
 namespace {

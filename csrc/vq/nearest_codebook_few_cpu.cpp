@@ -2,7 +2,7 @@
 // nearest_codebook_cpu.cpp computes for the codes it can't tell apart.
 #include "vq/nearest_codebook_few_cpu.h"
 
-#include "vq/reading.h"
+#include "common/reading.h"
 
 namespace kexue::KEXUE_ISA {
 namespace {

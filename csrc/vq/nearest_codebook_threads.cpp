@@ -11,7 +11,7 @@
 #include "common/isa.h"
 #include "common/pages.h"
 #include "vq/nearest_codebook_few.h"
-#include "vq/work.h"
+#include "common/work.h"
 
 namespace kexue {
 namespace {

@@ -1,6 +1,6 @@
 #include "vq/vector_quantize_cpu.h"
 
-#include "vq/reading.h"
+#include "common/reading.h"
 
 namespace kexue::KEXUE_ISA {
 namespace {

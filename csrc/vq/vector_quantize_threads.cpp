@@ -7,7 +7,7 @@
 #include "common/isa.h"
 #include "common/pages.h"
 #include "vq/code_sums.h"
-#include "vq/work.h"
+#include "common/work.h"
 
 namespace kexue {
 namespace {

@@ -60,10 +60,12 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """out [B, Tq, H, head_dim_v] and lse [B, H, Tq] of q [B, Tq, H, dc+dr]."""
     arguments.rows_aligned(pages)
-    arguments.values_in_reach(block_table, cache_seqlens, pages)
     launcher = _launcher("mla_decode", backend, q, pages)
     options = head_dim_v, softmax_scale, causal, num_splits
-    if q.numel() == 0 or pages.numel() == 0 or block_table.numel() == 0:  # no keys
+    empty = q.numel() == 0 or pages.numel() == 0 or block_table.numel() == 0
+    if empty or not _checks(launcher, block_table, cache_seqlens):
+        arguments.values_in_reach(block_table, cache_seqlens, pages)
+    if empty:  # no keys
         out, lse = _decode_fake(q, pages, block_table, cache_seqlens, *options, backend)
         return out.zero_(), lse.fill_(-torch.inf)
     tables = block_table.int().contiguous(), cache_seqlens.int().contiguous()
@@ -95,18 +97,19 @@ def mla_cache_append(
 ) -> None:
     """Rows of kv_latent [T, dc] and k_rope [T, dr] into pages, at slot_mapping [T]."""
     arguments.rows_aligned(pages)
-    arguments.slots_in_reach(slot_mapping, pages)
     launcher = _launcher("mla_cache_append", backend, kv_latent, pages)
+    if pages.numel() == 0 or not _checks(launcher):
+        arguments.slots_in_reach(slot_mapping, pages)
     if slot_mapping.numel() and pages.numel():
         launcher.append(
             plain(kv_latent),
             plain(k_rope),
             pages,
             slot_mapping.long().contiguous(),
-            norm_weight,
+            plain(norm_weight),
             norm_eps,
-            cos,
-            sin,
+            plain(cos),
+            plain(sin),
             rope_interleaved,
         )
     torch.autograd.graph.increment_version(pages)
@@ -116,6 +119,11 @@ def _launcher(op: str, backend: str, data: Tensor, pages: Tensor) -> ModuleType:
     return launcher_of("mla", f"{op}_fp8" if pages.dtype == torch.uint8 else op, backend, data)
 
 
-def plain(x: Tensor) -> Tensor:
+def _checks(launcher: ModuleType, *int32: Tensor) -> bool:
+    """Whether it looks at the values itself; it gets what is wider narrowed."""
+    return getattr(launcher, "CHECKS_VALUES", False) and all(x.dtype == torch.int32 for x in int32)
+
+
+def plain(x: Tensor | None) -> Tensor | None:
     """Without lazy negation, which a pointer does not show."""
-    return x.resolve_neg() if x.is_neg() else x
+    return x.resolve_neg() if x is not None and x.is_neg() else x

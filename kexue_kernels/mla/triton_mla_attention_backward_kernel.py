@@ -66,8 +66,8 @@ def keys_kernel(
         here = first + n < length
         row = ((b * T + begin + first) * heads + h).to(tl.int64)  # of k, dk, v, dv
         of_k, of_v = offsets(n, heads * dk, BLOCK_D, 1), offsets(n, heads * dv, BLOCK_V, 1)
-        k = load_tile(k_ptr + row * dk + of_k, here, dk, True, EVEN_D)
-        v = load_tile(v_ptr + row * dv + of_v, here, dv, True, EVEN_V)
+        k = load_tile(k_ptr + row * dk + of_k, here, dk, EVEN_D)
+        v = load_tile(v_ptr + row * dv + of_v, here, dv, EVEN_V)
         d_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         d_v = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         start_first = first // BLOCK_M * BLOCK_M if CAUSAL else first * 0
@@ -78,7 +78,7 @@ def keys_kernel(
         of_g = offsets(m, stride_gt, BLOCK_V, stride_gd)
         if BLOCK_R > 0:
             k_rope_ptr += (b * T + begin + first) * dr
-            k_rope = load_tile(k_rope_ptr + offsets(n, dr, BLOCK_R, 1), here, dr, True, EVEN_R)
+            k_rope = load_tile(k_rope_ptr + offsets(n, dr, BLOCK_R, 1), here, dr, EVEN_R)
             d_k_rope = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
             q_rope_ptr += b * stride_rb + token * stride_rt + h * stride_rh
             of_r = offsets(m, stride_rt, BLOCK_R, stride_rd)
@@ -87,10 +87,10 @@ def keys_kernel(
 
         for start in tl.range(bound(start_first), bound(length), BLOCK_M):
             inside = start + m < length
-            q = load_tile(q_ptr + of_q, inside, dk, True, EVEN_D)
+            q = load_tile(q_ptr + of_q, inside, dk, EVEN_D)
             weights = product(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
             if BLOCK_R > 0:
-                q_rope = load_tile(q_rope_ptr + of_r, inside, dr, True, EVEN_R)
+                q_rope = load_tile(q_rope_ptr + of_r, inside, dr, EVEN_R)
                 weights = product(k_rope, tl.trans(q_rope), weights, PRECISION)
             lse = tl.load(lse_ptr + start + m, mask=inside, other=FAR) * LOG2E
             weights = tl.exp2(weights * (scale * LOG2E) - lse[None, :])
@@ -98,7 +98,7 @@ def keys_kernel(
                 if start < first + BLOCK_N:
                     seen = (first + n)[:, None] <= (start + m)[None, :]
                     weights = tl.where(seen, weights, 0.0)
-            grad = load_tile(grad_ptr + of_g, inside, dv, True, EVEN_V)
+            grad = load_tile(grad_ptr + of_g, inside, dv, EVEN_V)
             d_v = product(weights.to(grad.dtype), grad, d_v, PRECISION)
             delta = tl.load(delta_ptr + start + m, mask=inside, other=0.0)
             d_s = product(v, tl.trans(grad), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
@@ -143,10 +143,10 @@ def queries_kernel(
         here = first + m < length
         token = begin + first
         q_ptr += b * stride_qb + token * stride_qt + h * stride_qh
-        q = load_tile(q_ptr + offsets(m, stride_qt, BLOCK_D, stride_qd), here, dk, True, EVEN_D)
+        q = load_tile(q_ptr + offsets(m, stride_qt, BLOCK_D, stride_qd), here, dk, EVEN_D)
         grad_ptr += b * stride_gb + token * stride_gt + h * stride_gh
         of_g = offsets(m, stride_gt, BLOCK_V, stride_gd)
-        grad = load_tile(grad_ptr + of_g, here, dv, True, EVEN_V)
+        grad = load_tile(grad_ptr + of_g, here, dv, EVEN_V)
         row = b * T + begin
         k_ptr += (row * heads + h) * dk
         v_ptr += (row * heads + h) * dv
@@ -156,7 +156,7 @@ def queries_kernel(
         if BLOCK_R > 0:
             q_rope_ptr += b * stride_rb + token * stride_rt + h * stride_rh
             of_q_rope = offsets(m, stride_rt, BLOCK_R, stride_rd)
-            q_rope = load_tile(q_rope_ptr + of_q_rope, here, dr, True, EVEN_R)
+            q_rope = load_tile(q_rope_ptr + of_q_rope, here, dr, EVEN_R)
             k_rope_ptr += row * dr
             of_r = offsets(n, dr, BLOCK_R, 1)
             d_q_rope = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -167,17 +167,17 @@ def queries_kernel(
         end = tl.minimum(first + BLOCK_M, length) if CAUSAL else length
         for start in tl.range(0, bound(end), BLOCK_N):
             inside = start + n < length  # the gradient of a key that isn't there is times 0
-            k = load_tile(k_ptr + of_k, inside, dk, True, EVEN_D)
+            k = load_tile(k_ptr + of_k, inside, dk, EVEN_D)
             weights = product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             if BLOCK_R > 0:
-                k_rope = load_tile(k_rope_ptr + of_r, inside, dr, True, EVEN_R)
+                k_rope = load_tile(k_rope_ptr + of_r, inside, dr, EVEN_R)
                 weights = product(q_rope, tl.trans(k_rope), weights, PRECISION)
             weights = tl.exp2(weights * (scale * LOG2E) - lse[:, None])
             if CAUSAL:
                 if start + BLOCK_N > first:
                     seen = (start + n)[None, :] <= (first + m)[:, None]
                     weights = tl.where(seen, weights, 0.0)
-            v = load_tile(v_ptr + of_v, inside, dv, True, EVEN_V)
+            v = load_tile(v_ptr + of_v, inside, dv, EVEN_V)
             d_s = product(grad, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             d_s = (weights * (d_s - delta[:, None])).to(k.dtype)
             d_q = product(d_s, k, d_q, PRECISION)

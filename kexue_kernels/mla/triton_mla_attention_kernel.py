@@ -24,23 +24,19 @@ def product(x, y, sums, PRECISION: tl.constexpr):
 
 
 @inline
-def load_tile(ptrs, rows, count, MASKED: tl.constexpr, EVEN: tl.constexpr):
-    """[rows, columns] of ptrs; 0 where not of `rows` if MASKED, beyond `count` if not EVEN."""
-    columns = tl.arange(0, ptrs.shape[1]) < count
-    if MASKED and EVEN:
+def load_tile(ptrs, rows, count, EVEN: tl.constexpr):
+    """[rows, columns] of ptrs; 0 where not of `rows`, and beyond `count` columns if not EVEN."""
+    if EVEN:
         return tl.load(ptrs, mask=rows[:, None], other=0.0)
-    elif MASKED:
-        return tl.load(ptrs, mask=rows[:, None] & columns[None, :], other=0.0)
-    elif EVEN:
-        return tl.load(ptrs)
     else:
-        return tl.load(ptrs, mask=columns[None, :], other=0.0)
+        column = tl.arange(0, ptrs.shape[1])
+        return tl.load(ptrs, mask=rows[:, None] & (column < count)[None, :], other=0.0)
 
 
 @inline
 def store_tile(ptrs, x, rows, count, EVEN: tl.constexpr):
-    columns = tl.arange(0, ptrs.shape[1]) < count
-    mask = rows[:, None] if EVEN else rows[:, None] & columns[None, :]
+    column = tl.arange(0, ptrs.shape[1])
+    mask = rows[:, None] if EVEN else rows[:, None] & (column < count)[None, :]
     tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
 
 
@@ -106,11 +102,11 @@ def forward_kernel(
         here = first + m < length
         token = begin + first
         q_ptr += b * stride_qb + token * stride_qt + h.to(tl.int64) * stride_qh
-        q = load_tile(q_ptr + offsets(m, stride_qt, BLOCK_D, stride_qd), here, dk, True, EVEN_D)
+        q = load_tile(q_ptr + offsets(m, stride_qt, BLOCK_D, stride_qd), here, dk, EVEN_D)
         if BLOCK_R > 0:
             q_rope_ptr += b * stride_rb + token * stride_rt + h.to(tl.int64) * stride_rh
             q_rope_ptrs = q_rope_ptr + offsets(m, stride_rt, BLOCK_R, stride_rd)
-            q_rope = load_tile(q_rope_ptrs, here, dr, True, EVEN_R)
+            q_rope = load_tile(q_rope_ptrs, here, dr, EVEN_R)
         row = b * T + begin
         k_ptr += (row * heads + h) * dk
         v_ptr += (row * heads + h) * dv
@@ -129,13 +125,13 @@ def forward_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for start in tl.range(0, bound(end), BLOCK_N):
             inside = start + n < length
-            k = load_tile(k_ptr + of_k, inside, dk, True, EVEN_D)
+            k = load_tile(k_ptr + of_k, inside, dk, EVEN_D)
             scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             scores = product(q, tl.trans(k), scores, PRECISION)
             if BLOCK_R > 0:
-                k_rope = load_tile(k_rope_ptr + of_r, inside, dr, True, EVEN_R)
+                k_rope = load_tile(k_rope_ptr + of_r, inside, dr, EVEN_R)
                 scores = product(q_rope, tl.trans(k_rope), scores, PRECISION)
-            v = load_tile(v_ptr + of_v, inside, dv, True, EVEN_V)
+            v = load_tile(v_ptr + of_v, inside, dv, EVEN_V)
             if start >= whole:
                 scores = tl.where((start + n)[None, :] <= last[:, None], scores, NONE)
             new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)

@@ -140,7 +140,7 @@ def test_graph_replay_with_changed_contents() -> None:
 
 def test_memory_of_a_group_alone() -> None:
     """Beyond inputs, output and gradients: less than keys and values of all heads."""
-    case = Case(1, 4096, 128, **REAL, dtype=BF16)
+    case = Case(1, 8192, 128, **REAL, dtype=BF16)
     inputs = make(case, "cuda")
     data = tuple(inputs[name].requires_grad_() for name in NAMES)
     kept = sum(x.nbytes for x in data)

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "vq/matrix.h"
+#include "common/matrix.h"
 
 namespace kexue::KEXUE_ISA {
 
