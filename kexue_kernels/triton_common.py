@@ -186,3 +186,14 @@ def _narrow(x, dtype):
 
 # x in a narrower dtype, ties to even. Triton's interpreter would cut bits off for bfloat16.
 narrow = _narrow_by_bits if dispatch.interpreting() else inline(_narrow)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s for float32: exact, unless PyTorch's matrix products may be TF32."""
+    if dtype in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    allowed = getattr(matmul, "fp32_precision", None)
+    if allowed is None:  # before PyTorch 2.9
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    return "tf32" if allowed == "tf32" else "ieee"

@@ -17,7 +17,7 @@ from kexue_kernels.mla.triton_mla_attention_backward_kernel import (
     queries_kernel,
 )
 from kexue_kernels.mla.triton_mla_attention_kernel import forward_kernel
-from kexue_kernels.triton_common import launching_on
+from kexue_kernels.triton_common import launching_on, precision
 
 LOG2E = 1.4426950408889634
 DELTA_ROWS, DELTA_WARPS = 16, 4
@@ -291,17 +291,6 @@ def near(x: Tensor) -> Tensor:
     """x [B, T, H, D], contiguous if a tile reaches too far in it for offsets of 32 bits."""
     reach = _TOKENS * x.stride(1) + x.shape[3] * x.stride(3)
     return x if reach < 2**31 else x.contiguous()
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: exactly, unless PyTorch's matrix products may be TF32."""
-    if dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    allowed = getattr(matmul, "fp32_precision", None)
-    if allowed is None:  # before PyTorch 2.9
-        return "tf32" if matmul.allow_tf32 else "ieee"
-    return "tf32" if allowed == "tf32" else "ieee"
 
 
 def _delta(grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:

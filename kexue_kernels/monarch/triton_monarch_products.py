@@ -38,7 +38,7 @@ from kexue_kernels.monarch.triton_monarch_weights_kernel import (
     block_gradients_kernel,
     block_weights_kernel,
 )
-from kexue_kernels.triton_common import launching_on, multiprocessors
+from kexue_kernels.triton_common import launching_on, multiprocessors, precision
 
 _NARROW = 2**31
 
@@ -248,17 +248,6 @@ def wide(tiles: Sequence[tuple[Tensor, tuple[int, ...]]]) -> bool:
     """
     ends = (sum(map(mul, tile, strides(x))) for x, tile in tiles)
     return dispatch.interpreting() or max(ends) >= _NARROW
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: exactly, unless PyTorch's matrix products may be TF32."""
-    if dtype in HALVES or torch.version.hip is not None:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    allowed = getattr(matmul, "fp32_precision", None)
-    if allowed is None:  # before PyTorch 2.9
-        return "tf32" if matmul.allow_tf32 else "ieee"
-    return "tf32" if allowed == "tf32" else "ieee"
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """mla_attention's Triton kernels in the interpreter, and what they compile to."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,23 +139,6 @@ def test_copies_only_what_reaches_far() -> None:
     assert near(x) is x
     assert near(x.as_strided((1, 500, 2, 64), (0, 2**24, 64, 1))).is_contiguous()
     assert near(x.as_strided((1, 500, 2, 64), (0, 64, 1, 2**25))).is_contiguous()
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"fp32_precision": "none"}, "ieee"),
-        ({"fp32_precision": "tf32"}, "tf32"),
-        ({"allow_tf32": True}, "tf32"),  # before PyTorch 2.9
-    ],
-    ids=str,
-)
-def test_tf32_only_where_pytorch_allows_it(
-    settings: dict[str, object], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**settings))
-    assert launcher.precision(torch.float32) == expected
-    assert launcher.precision(BF16) == "ieee"
 
 
 def test_tiles_are_padded_to_powers_of_two() -> None:

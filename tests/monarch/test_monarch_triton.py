@@ -20,6 +20,7 @@ from kexue_kernels.offline import pool
 from kexue_kernels.offline import triton as offline
 from kexue_kernels.offline.archs import ARCHS
 from kexue_kernels.offline.instructions import _hottest_body
+from kexue_kernels.triton_common import precision
 from tests.monarch.cases import DTYPES, Blocks, Case, check_close, make, run, widened
 
 BF16, FP16, F32, C64 = torch.bfloat16, torch.float16, torch.float32, torch.complex64
@@ -209,7 +210,6 @@ def test_tf32_only_where_pytorch_allows_it(
     settings: dict[str, object], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**settings))
-    precision = triton_monarch_products.precision
     assert [precision(dtype) for dtype in (F32, C64)] == [expected, expected]
     assert [precision(dtype) for dtype in (BF16, FP16)] == ["ieee", "ieee"]
 
