@@ -83,11 +83,15 @@ def leaner(peer: str, times: float) -> Goal:
     return Goal(f"at most {times:g}x {peer}'s peak memory", measure, times, at_least=False)
 
 
-def matrix_share(share: float) -> Goal:
-    def measure(result: CaseResult, best: Measurement) -> float | None:
-        return best.roof_share if result.bound == "arithmetic" else None
+def matrix_share(share: float, kind: str = "") -> Goal:
+    """Of the fastest of ours, or of those whose name ends in `kind`."""
 
-    return Goal(f"at least {share:.0%} of the matrix rate", measure, share)
+    def measure(result: CaseResult, best: Measurement) -> float | None:
+        judged = result.best(kind) if kind else best
+        return judged.roof_share if judged and result.bound == "arithmetic" else None
+
+    by = f" by {kind}" if kind else ""
+    return Goal(f"at least {share:.0%} of the matrix rate{by}", measure, share)
 
 
 def beside(kind: str, times: float) -> Goal:
