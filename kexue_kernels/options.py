@@ -1,5 +1,7 @@
 """Checks of arguments that are no tensors, for ops and modules alike."""
 
+import math
+
 import torch
 
 
@@ -20,3 +22,10 @@ def integer(name: str, value: object, smallest: int = 1) -> None:
 def number(name: str, value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def finite(name: str, value: object) -> None:
+    number(name, value)
+    assert isinstance(value, int | float)
+    if not -math.inf < value < math.inf:  # traceable, unlike isfinite
+        raise ValueError(f"{name}: expected a finite number, got {value}")

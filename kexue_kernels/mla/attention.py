@@ -1,7 +1,5 @@
 """mla_attention: training and prefill from the latents."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -117,9 +115,7 @@ def _in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
 def _scale(softmax_scale: float | None, width: int) -> float:
     if softmax_scale is None:
         return float(max(width, 1) ** -0.5)
-    options.number("softmax_scale", softmax_scale)
-    if not -math.inf < softmax_scale < math.inf:  # traceable, unlike isfinite
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
+    options.finite("softmax_scale", softmax_scale)
     return float(softmax_scale)
 
 

@@ -75,7 +75,7 @@ def mla_decode(
         raise ValueError(f"head_dim_v: expected at most dc + dr = {q.shape[3]}, got {head_dim_v}")
     pages = arguments.pages(kv_cache, head_dim_v, q.shape[3] - head_dim_v, q, "q")
     arguments.tables(block_table, cache_seqlens, q.shape[0], q, "q")
-    options.number("softmax_scale", softmax_scale)
+    options.finite("softmax_scale", softmax_scale)
     checks.boolean("causal", causal)
     checks.boolean("return_lse", return_lse)
     if num_splits is not None:

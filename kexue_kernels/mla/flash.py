@@ -50,7 +50,7 @@ def flash_mla_with_kvcache(
     checks.ndim("q", q, 4, "[B, Tq, H, dc + dr]")
     if softmax_scale is None:
         softmax_scale = max(1, q.shape[3]) ** -0.5
-    options.number("softmax_scale", softmax_scale)
+    options.finite("softmax_scale", softmax_scale)
     if is_fp8_kvcache is not None:
         checks.boolean("is_fp8_kvcache", is_fp8_kvcache)
         checks.tensor("k_cache", k_cache)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kexue_kernels import autocast, checks
+from kexue_kernels.options import finite as finite
 from kexue_kernels.options import integer
 from kexue_kernels.options import number as number
 from kexue_kernels.options import one_of as one_of

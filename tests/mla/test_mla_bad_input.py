@@ -101,6 +101,7 @@ DECODE: list[tuple[Change, type[Exception], str]] = [
     ({"head_dim_v": 0}, ValueError, "head_dim_v: expected at least 1, got 0"),
     ({"head_dim_v": 2.0}, TypeError, "head_dim_v: expected an int, got float"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number, got str"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale: expected a finite number, got n"),
     ({"causal": 1}, TypeError, "causal: expected a bool, got int"),
     ({"return_lse": None}, TypeError, "return_lse: expected a bool"),
     ({"num_splits": 0}, ValueError, "num_splits: expected at least 1, got 0"),

@@ -1,6 +1,5 @@
 """Multi-head latent attention as a layer: training, prefill and decoding."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -177,9 +176,7 @@ class MultiheadLatentAttention(nn.Module):
         if given is None:
             stretch = 1.0 if self.rope is None else self.rope.scaling.score_scale
             return stretch * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-        arguments.number("softmax_scale", given)
-        if not math.isfinite(given):
-            raise ValueError(f"softmax_scale: expected a finite number, got {given}")
+        arguments.finite("softmax_scale", given)
         return float(given)
 
     def forward(
