@@ -30,28 +30,39 @@ def draw(record: Record, out: pathlib.Path) -> tuple[list[str], str]:
 
 
 def _sweep(record: Record, title: str, styles: dict[str, dict[str, Any]], out: pathlib.Path) -> str:
+    """The rate against the axis, and the peak memory."""
     cases = sorted(_sweeps(record)[title], key=lambda case: case["sweep"]["value"])
-    axis = cases[0]["sweep"]["axis"]
-    figure, axes = _figure(8, 5)
+    figure, (rates, memory) = _figure(13, 5, panels=2)
     rate_of, unit, limit, what = _scale(record, cases)
+    _curves(rates, cases, styles, rate_of)
+    if limit is not None:
+        rates.axhline(limit, color="black", linestyle="--", linewidth=1, label=what)
+    _curves(memory, cases, styles, lambda _, m: (m["peak_bytes"] or 0) / 2**20)
+    axis = cases[0]["sweep"]["axis"]
+    values = [case["sweep"]["value"] for case in cases]
+    for axes, label in ((rates, unit), (memory, "peak memory beyond the inputs, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel=f"{_AXES[axis]} {axis}", ylabel=label)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+    figure.suptitle(f"{title}\n{_where(record)}", fontsize=10)
+    return _save(figure, (rates, memory), out / f"{_slug(title)}.png")
+
+
+def _curves(
+    axes: "Axes", cases: list[Record], styles: dict[str, dict[str, Any]], value_of: Rate
+) -> None:
+    """A curve for each contestant; what is zero has no place on a logarithmic axis."""
     for name, style in styles.items():
-        points = [
-            (case["sweep"]["value"], rate_of(case, m))
+        found = [
+            (case["sweep"]["value"], value_of(case, m))
             for case in cases
             for m in _timed(case)
             if m["name"] == name
         ]
+        points = [(x, y) for x, y in found if y > 0]
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **style)
-    if limit is not None:
-        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=what)
-    axes.set(xscale="log", yscale="log", xlabel=f"{_AXES[axis]} {axis}", ylabel=unit)
-    values = [case["sweep"]["value"] for case in cases]
-    axes.set_xticks(values, [str(value) for value in values])
-    axes.xaxis.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_title(f"{title}\n{_where(record)}", fontsize=10)
-    return _save(figure, axes, out / f"{_slug(title)}.png")
 
 
 def _scale(record: Record, cases: list[Record]) -> tuple[Rate, str, float | None, str]:
@@ -72,7 +83,7 @@ def _scale(record: Record, cases: list[Record]) -> tuple[Rate, str, float | None
 def _overview(record: Record, styles: dict[str, dict[str, Any]], out: pathlib.Path) -> str:
     """Share of the roof, a row per case."""
     cases = [case for case in record["cases"] if _timed(case)][::-1]
-    figure, axes = _figure(10, 1.5 + 0.34 * len(cases))
+    figure, (axes,) = _figure(10, 1.5 + 0.34 * len(cases))
     for name, style in styles.items():
         points = [
             (100 * m["roof_share"], row)
@@ -87,7 +98,7 @@ def _overview(record: Record, styles: dict[str, dict[str, Any]], out: pathlib.Pa
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=8)
     axes.set_title(_where(record), fontsize=10)
-    return _save(figure, axes, out / "overview.png")
+    return _save(figure, (axes,), out / "overview.png")
 
 
 _AXES = {
@@ -100,24 +111,25 @@ _AXES = {
 }
 
 
-def _figure(width: float, height: float) -> tuple[Any, "Axes"]:
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, tuple["Axes", ...]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, tuple(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _save(figure: Any, axes: "Axes", path: pathlib.Path) -> str:
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
+def _save(figure: Any, panels: tuple["Axes", ...], path: pathlib.Path) -> str:
+    for axes in panels:
+        axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     return path.name
 
 
