@@ -31,6 +31,8 @@ def draw(record: Record, out: pathlib.Path) -> tuple[list[str], str]:
 
 def _sweep(record: Record, title: str, styles: dict[str, dict[str, Any]], out: pathlib.Path) -> str:
     """The rate against the axis, and the peak memory."""
+    from matplotlib.ticker import LogFormatter
+
     cases = sorted(_sweeps(record)[title], key=lambda case: case["sweep"]["value"])
     figure, (rates, memory) = _figure(13, 5, panels=2)
     rate_of, unit, limit, what = _scale(record, cases)
@@ -45,6 +47,7 @@ def _sweep(record: Record, title: str, styles: dict[str, dict[str, Any]], out: p
         axes.set_xticks(values, [str(value) for value in values])
         axes.xaxis.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter())
     figure.suptitle(f"{title}\n{_where(record)}", fontsize=10)
     return _save(figure, (rates, memory), out / f"{_slug(title)}.png")
 
