@@ -51,7 +51,7 @@ def test_goals_of_the_cases() -> None:
     assert texts(GPU, main.format("backward")) == ["at least 1.5x mamba-ssm"]
     both = texts(GPU, main.format("forward+backward"))
     assert both == ["at most 1.1x mamba-ssm's peak memory"]
-    assert texts(CPU, "mamba-130m prefill float32 [1, 2048] 4 layers") == [
+    assert texts(CPU, "mamba-130m prefill float32 [1, 2048] 24 layers") == [
         "at least 4x Transformers"
     ]
 

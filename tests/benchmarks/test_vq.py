@@ -232,10 +232,12 @@ def test_a_wrong_part_of_a_training_step_is_caught(part: int) -> None:
 
 def test_curves_show_what_sets_the_roof() -> None:
     record = {"roof": {"copy_bytes_per_second": 5e9}}
-    product = {"bound": "arithmetic", "flops": 10**12, "roof_seconds": 0.5}
-    copy = {"bound": "memory", "flops": 1, "roof_seconds": 1.0}
-    products = plots._scale(record, [product, product])
-    assert products == ("tflop_per_second", "TFLOP/s", 2.0, "matrix rate")
+    sweep = {"title": "t", "axis": "N", "value": 1}
+    product = {"sweep": sweep, "bound": "arithmetic", "flops": 10**12, "roof_seconds": 0.5}
+    copy = {"sweep": sweep, "bound": "memory", "flops": 1, "roof_seconds": 1.0}
+    rate, *products = plots._scale(record, [product, product])
+    assert products == ["TFLOP/s", 2.0, "matrix rate"]
+    assert rate(product, {"tflop_per_second": 1.5}) == 1.5
     assert plots._scale(record, [product, copy])[2:] == (5.0, "copy bandwidth")
     axes = {case.sweep.axis for device in (CPU, GPU) for case in vq.cases(device) if case.sweep}
     assert axes <= set(plots._AXES)
