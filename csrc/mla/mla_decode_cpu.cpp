@@ -15,7 +15,8 @@ constexpr int kGroup = 4;                        // queries in a tile of sums
 constexpr int kSummed = kWidth == 16 ? 6 : 3;    // registers of channels in it
 constexpr int64_t kLanes = 2 * kWidth;           // queries in a panel
 constexpr int64_t kPanels = (kMlaQueries + kLanes - 1) / kLanes;
-constexpr int64_t kLine = 64;  // bytes that are fetched at once
+constexpr int64_t kLine = 64;    // bytes that are fetched at once
+constexpr int64_t kDepth = 192;  // channels whose products are summed apart, for rounding
 constexpr float kInfinity = __builtin_inff();
 
 constexpr int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -37,37 +38,41 @@ KEXUE_INLINE void score_rows(const float* q, int64_t width, const Block& block, 
                              bool fetch, float* scores) {
   constexpr int64_t kStep = kLine / sizeof(float);
   constexpr int64_t lanes = kVectors * kWidth;
-  V sum[kRows][kVectors] = {};
   const float* row[kRows];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) row[r] = block.rows[first + r];
-  const auto add = [&](int64_t c) __attribute__((always_inline)) {
-    V x[kVectors];
+  for (int64_t from = 0; from < width; from += kDepth) {
+    const int64_t to = min(width, from + kDepth);
+    V sum[kRows][kVectors] = {};
+    const auto add = [&](int64_t c) __attribute__((always_inline)) {
+      V x[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) x[v] = get<V>(q + c * lanes + v * kWidth);
+      for (int v = 0; v < kVectors; ++v) x[v] = get<V>(q + c * lanes + v * kWidth);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += x[v] * row[r][c];
+      }
+    };
+    int64_t c = from;
+    for (; c + kStep <= to; c += kStep) {
+      if (fetch) {
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          __builtin_prefetch(block.next[first + r] + c * block.item_bytes);
+        }
+      }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kStep; ++i) add(c + i);
+    }
+    for (; c < to; ++c) add(c);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x[v] * row[r][c];
-    }
-  };
-  int64_t c = 0;
-  for (; c + kStep <= width; c += kStep) {
-    if (fetch) {
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        __builtin_prefetch(block.next[first + r] + c * block.item_bytes);
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = scores + (first + r) * lanes + v * kWidth;
+        put(at, from > 0 ? get<V>(at) + sum[r][v] : sum[r][v], false);
       }
-    }
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kStep; ++i) add(c + i);
-  }
-  for (; c < width; ++c) add(c);
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      put(scores + (first + r) * lanes + v * kWidth, sum[r][v], false);
     }
   }
 }

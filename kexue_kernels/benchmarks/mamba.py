@@ -26,7 +26,7 @@ def cases(device: torch.device) -> list[Case]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     steps = 32 if device.type == "cpu" else 128
     # unpatched, training takes long on CPU
-    training = (1, 512, 4) if device.type == "cpu" else (8, 2048, LAYERS)
+    training = (1, 128, 4) if device.type == "cpu" else (8, 2048, LAYERS)
     goals = (faster(TRANSFORMERS, 4), faster(TRANSFORMERS, 1.5)) if device.type == "cpu" else None
     return [
         _case("prefill", (1, 2048, LAYERS), dtype, _prefill, goals[:1] if goals else ()),

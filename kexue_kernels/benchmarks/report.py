@@ -55,6 +55,9 @@ def _lines(record: Record) -> Iterator[str]:
     )
     yield f"- time: {record['method']['time']}; median and quartiles"
     yield f"- memory: {record['method']['memory']}"
+    for run in record.get("again", []):
+        copy = run["roof"]["copy_bytes_per_second"] / 1e9
+        yield f"- measured again {run['date']}, copy {copy:.4g} GB/s: {'; '.join(run['cases'])}"
     yield from _goal_lines(record)
     for case in record["cases"]:
         if case["status"] != "not run":

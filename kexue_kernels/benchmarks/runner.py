@@ -36,6 +36,7 @@ def run(
     device: str | None = None,
     out: pathlib.Path | None = None,
     time_limit: float | None = None,
+    again: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measure a family's cases (all families' if None) and return what is in bench.json.
@@ -48,10 +49,12 @@ def run(
             out/bench if None.
         time_limit: seconds (50 for a quick run if None, else none). A case that may take longer
             than what is left is not started, and listed as not run.
+        again: measure only cases with this in their names, and put them in the place of those in
+            the results that `out` holds, which keep the rest. What was done again is listed.
         console: where progress and the table go; standard error if None.
 
     Raises:
-        ValueError: an unknown family or device.
+        ValueError: an unknown family or device; with `again`, no such case or no results.
     """
     start = time.monotonic()
     chosen, console = _device(device), console or Console(stderr=True)
@@ -60,6 +63,10 @@ def run(
         time_limit = QUICK_SECONDS
     cases = _cases(family, chosen, quick)
     record = _record(family, quick, chosen)
+    earlier: dict[str, Any] | None = None
+    if again is not None:
+        cases, earlier = _only(again, cases), _earlier(out)
+        record["command"] += f" --again {again!r}"
     clock = Clock(chosen)
     measured = roof.measure(chosen, clock, quick)
     record |= {"method": clock.method, "roof": dataclasses.asdict(measured)}
@@ -67,16 +74,21 @@ def run(
     stage = Stage(chosen, measured, clock, QUICK if quick else FULL, deadline)
     results: list[CaseResult] = []
 
-    def save() -> None:
+    def save() -> dict[str, Any]:
         record["seconds"] = time.monotonic() - start
         record["cases"] = [dataclasses.asdict(result) for result in results]
-        record["not_run"] = [result.name for result in results if result.status == "not run"]
-        _write(out / "bench.json", json.dumps(record, indent=1, allow_nan=False))
+        whole = record if earlier is None else _replaced(earlier, record)
+        whole["not_run"] = [case["name"] for case in whole["cases"] if case["status"] == "not run"]
+        _write(out / "bench.json", json.dumps(whole, indent=1, allow_nan=False))
+        return whole
 
     save()
     _perform(cases, stage, results, save, console)
-    record["plots"], record["plots_note"] = plots.draw(record, out)
-    save()
+    whole = save()
+    (record if earlier is None else earlier).update(
+        zip(("plots", "plots_note"), plots.draw(whole, out), strict=True)
+    )
+    record = save()
     _write(out / "bench.md", report.markdown(record))
     console.print(report.table(record))
     files = ", ".join(["bench.json", "bench.md", *record["plots"]])
@@ -88,7 +100,7 @@ def _perform(
     cases: list[Case],
     stage: Stage,
     results: list[CaseResult],
-    save: Callable[[], None],
+    save: Callable[[], object],
     console: Console,
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -130,6 +142,31 @@ def _cases(family: str | None, device: torch.device, quick: bool) -> list[Case]:
     cases = [case for name in names for case in FAMILIES[name](device)]
     kept = [case for case in cases if case.quick or not quick]
     return sorted(kept, key=lambda case: case.priority)
+
+
+def _only(words: str, cases: list[Case]) -> list[Case]:
+    found = [case for case in cases if words in case.name]
+    if not found:
+        raise ValueError(f"again: expected words of a case's name, got {words!r}")
+    return found
+
+
+def _earlier(out: pathlib.Path) -> dict[str, Any]:
+    file = out / "bench.json"
+    if not file.exists():
+        raise ValueError(f"again: expected a folder with results, got {out}")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _replaced(earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """`earlier` with the cases of `record` in the place of its own, and word of it."""
+    fresh = {case["name"]: case for case in record["cases"]}
+    kept = [fresh.pop(case["name"], case) for case in earlier["cases"]]
+    said = {name: record[name] for name in ("command", "date", "machine", "versions", "roof")}
+    said["cases"] = [case["name"] for case in record["cases"]]
+    again = [*earlier.get("again", []), said]
+    return earlier | {"cases": [*kept, *fresh.values()], "again": again}
 
 
 def _record(family: str | None, quick: bool, device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,9 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; else a GPU if any.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, tables and plots.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop.")] = None,
+    again: Annotated[
+        str | None, typer.Option(help="Only cases with this in their names, into --out's results.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure speed and memory against PyTorch, other packages and this machine's limits."""
@@ -28,8 +31,17 @@ def bench(
     from kexue_kernels import benchmarks
 
     console = Console(stderr=json)
-    results = benchmarks.run(
-        family, quick=quick, device=device, out=out, time_limit=time_limit, console=console
-    )
+    try:
+        results = benchmarks.run(
+            family,
+            quick=quick,
+            device=device,
+            out=out,
+            time_limit=time_limit,
+            again=again,
+            console=console,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--again") from None
     if json:
         print_json(results)

@@ -91,6 +91,31 @@ def test_a_run_leaves_json_markdown_and_plots(
     assert "failed: wrong peer, raising peer" in said
 
 
+def test_a_case_measured_again_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    enter(monkeypatch, toy.case(32), toy.case(64))
+    runner.run("toy", quick=True, device="cpu", out=tmp_path, console=quiet())
+    first = json.loads((tmp_path / "bench.json").read_text())
+    enter(monkeypatch, toy.case(32), toy.case(64), toy.case(64, "forward+backward"))
+    runner.run("toy", device="cpu", out=tmp_path, again="64", quick=True, console=quiet())
+    both = json.loads((tmp_path / "bench.json").read_text())
+    names = ["product forward 32", "product forward 64", "product forward+backward 64"]
+    assert [case["name"] for case in both["cases"]] == names
+    assert both["cases"][0] == first["cases"][0]
+    assert both["cases"][1]["seconds"] != first["cases"][1]["seconds"]
+    assert (both["date"], both["command"]) == (first["date"], first["command"])
+    (again,) = both["again"]
+    assert again["cases"] == names[1:]
+    assert again["command"].endswith("--again '64'")
+    assert "- measured again " in (tmp_path / "bench.md").read_text()
+    with pytest.raises(ValueError, match="again: expected words of a case's name, got 'none'"):
+        runner.run("toy", quick=True, device="cpu", out=tmp_path, again="none", console=quiet())
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match="again: expected a folder with results"):
+        runner.run("toy", quick=True, device="cpu", out=nowhere, again="64", console=quiet())
+
+
 def test_every_contestant_has_its_reason() -> None:
     result = measure.measure(toy.case(), stage())
     assert statuses(result) == {

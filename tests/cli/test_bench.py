@@ -33,14 +33,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_defaults(calls: list[dict[str, Any]]) -> None:
     result = run()
     assert result.exit_code == 0
-    nothing = {"family": None, "quick": False, "device": None, "out": None, "time_limit": None}
-    assert calls == [nothing]
+    nothing = dict.fromkeys(("family", "device", "out", "time_limit", "again"))
+    assert calls == [{**nothing, "quick": False}]
     assert "at work" in result.stdout
 
 
 def test_every_option(calls: list[dict[str, Any]]) -> None:
     options = ["--quick", "--device", "cpu", "--out", "results", "--time-limit", "30.5", "--json"]
-    result = run("scan", *options)
+    result = run("scan", *options, "--again", "[1, 4, 8]")
     assert result.exit_code == 0
     assert calls == [
         {
@@ -49,6 +49,7 @@ def test_every_option(calls: list[dict[str, Any]]) -> None:
             "device": "cpu",
             "out": Path("results"),
             "time_limit": 30.5,
+            "again": "[1, 4, 8]",
         }
     ]
     assert json.loads(result.stdout) == {"cases": []}

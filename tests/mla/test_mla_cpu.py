@@ -65,6 +65,7 @@ SIZES = [
     Case((20,), H=4, dc=97, dr=0, head_dim_v=97),  # rows that end where a register doesn't
     Case((20,), H=4, dc=130, dr=400, head_dim_v=529),
     Case((55,), H=12, dc=512, dr=64, block_size=64),
+    Case((4096,), H=16, dc=512, dr=64, block_size=64),  # sums of many channels
     Case((20, 9), H=1, dc=1, dr=0, block_size=1),
     Case((600, 300), H=20, Tq=3, num_splits=1),
     Case((600, 300), H=20, Tq=3, num_splits=7, causal=False),
