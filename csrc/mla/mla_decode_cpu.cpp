@@ -127,6 +127,7 @@ KEXUE_INLINE void sum_rows(const float* weights, int64_t lanes, const float* kep
                            const float* const* rows, int64_t count, int64_t c, float* out,
                            int64_t out_row) {
   V sum[kQueries][kVectors] = {};
+#pragma GCC unroll 4
   for (int64_t r = 0; r < count; ++r) {
     V x[kVectors];
 #pragma GCC unroll 8
@@ -191,8 +192,8 @@ class Piece {
 
   const float* end() const { return end_; }
 
-  void run(MlaParts part) {
-    pack_queries();
+  void run(MlaParts part, bool packed) {
+    if (!packed) pack_queries();
     for (int64_t i = 0; i < panels() * kLanes; ++i) {
       state_.top[i] = -kInfinity;
       state_.total[i] = 0;
@@ -243,7 +244,8 @@ class Piece {
     return {static_cast<const Item*>(q.data) + at, q.channel};
   }
 
-  // Where the block of rows that begins at `from` lies.
+  // Where the block of rows that begins at `from` lies. Their pages are asked for together, as the
+  // look-ups of virtual addresses then overlap.
   void locate(int64_t from, int64_t end) {
     const LatentPages& pages = call_.pages;
     const int32_t* id = call_.table + piece_.b * call_.blocks + from / pages.size;
@@ -251,6 +253,7 @@ class Piece {
     for (int64_t r = 0; r < min(kMlaRows, end - from); ++r) {
       block_.next[r] = static_cast<const char*>(pages.data) +
                        (*id * pages.block + place * pages.place) * int64_t(sizeof(Item));
+      __builtin_prefetch(block_.next[r]);
       if (++place < pages.size) continue;
       place = 0;
       ++id;
@@ -359,9 +362,10 @@ int64_t mla_decode_space(const MlaDecode& call) {
   return Piece<float>(call, none, space).end() - space;
 }
 
-void mla_decode_piece(const MlaDecode& call, const MlaPiece& piece, float* space, MlaParts part) {
+void mla_decode_piece(const MlaDecode& call, const MlaPiece& piece, float* space, bool packed,
+                      MlaParts part) {
   with_items(call.dtype,
-             [&](auto item) { Piece<decltype(item)>(call, piece, space).run(part); });
+             [&](auto item) { Piece<decltype(item)>(call, piece, space).run(part, packed); });
 }
 
 void mla_decode_merge(const MlaDecode& call, int64_t b, int64_t query, MlaParts parts, int64_t n) {

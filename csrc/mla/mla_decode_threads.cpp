@@ -95,9 +95,18 @@ class Space {
     return reinterpret_cast<float*>((address + bytes - 1) / bytes * bytes);
   }
 
+  // Whether the last piece had the same queries.
+  bool again(const MlaPiece& piece) {
+    const bool same = piece.b == b_ && piece.query == query_;
+    b_ = piece.b;
+    query_ = piece.query;
+    return same;
+  }
+
  private:
   static constexpr int64_t kLine = 16;
   std::unique_ptr<float[]> data_;
+  int64_t b_ = -1, query_ = -1;
 };
 
 }  // namespace
@@ -125,7 +134,9 @@ void mla_decode_on_threads(const MlaDecode& call, int64_t num_splits, int thread
   std::vector<Space> spaces(jobs);
   share_work(jobs, pieces.size(), [&](int64_t job, int64_t i) {
     const MlaPiece& piece = pieces[i];
-    compute(call, piece, spaces[job].take(floats), parts.at(piece.b, plan.part_of(piece)));
+    Space& space = spaces[job];
+    compute(call, piece, space.take(floats), space.again(piece),
+            parts.at(piece.b, plan.part_of(piece)));
   });
 
   const auto merge = KEXUE_FOR_THIS_CPU(mla_decode_merge);
