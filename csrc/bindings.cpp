@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "build_info.h"
 #include "common/isa.h"
 
 namespace py = pybind11;
@@ -9,13 +10,7 @@ namespace py = pybind11;
 namespace kexue {
 
 // Equal to INTERFACE in kexue_kernels/_extension.py; both rise with every change of a signature.
-constexpr int kInterface = 4;
-
-#if defined(KEXUE_WITH_CUDA)
-constexpr bool kHasCuda = true;
-#else
-constexpr bool kHasCuda = false;
-#endif
+constexpr int kInterface = 5;
 
 #define KEXUE_DECLARE(family) void bind_##family(py::module_& m);
 #define KEXUE_DECLARE_CUDA(family) void bind_##family##_cuda(py::module_& m);
@@ -27,7 +22,7 @@ KEXUE_CUDA_FAMILIES(KEXUE_DECLARE_CUDA)
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of kexue_kernels; call them through the package's functions.";
   m.attr("interface") = kexue::kInterface;
-  m.attr("has_cuda") = kexue::kHasCuda;
+  m.attr("has_cuda") = bool(KEXUE_WITH_CUDA);
 
   kexue::cpu_isa();  // a KEXUE_CPU_ISA that can't be served is an ImportError, here
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kexue_kernels import _extension, launchers
+from tests.cpu import isas
 
 # The same examples every time: limits on rounding errors are close, and luck is not to decide.
 hypothesis.settings.register_profile("fixed", derandomize=True)
@@ -43,6 +44,24 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = _extension.Extension(None, "removed for a test", False)
     monkeypatch.setattr(_extension, "load", lambda: absent)
     launchers.launcher.cache_clear()
+
+
+@pytest.fixture(params=isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that the C++ extension and this machine both have."""
+    module = _extension.load().module
+    before = module.cpu_isa()
+    module.set_cpu_isa(request.param)
+    yield request.param
+    module.set_cpu_isa(before)
+
+
+@pytest.fixture
+def keep_threads() -> Iterator[None]:
+    """For tests that set a number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,11 @@ pytestmark = pytest.mark.packaging
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = (".*", "build", "dist", "site", "out", "*.egg-info", "__pycache__", "*.so")
 EXTENSION = "kexue_kernels/_C" + sysconfig.get_config_var("EXT_SUFFIX")
+# The same source and headers by the same command give the same object: the build that these tests
+# run in has it already, as `make test` makes it.
+REUSE = ";".join(
+    (sys.executable, "-S", str(ROOT / "tests/reused_objects.py"), str(ROOT / "build/editable"))
+)
 NO_COMPILER = {"CC": "/nonexistent", "CXX": "/nonexistent", "CUDACXX": "/nonexistent", "PATH": ""}
 SHOW_BACKENDS = """
 import torch, kexue_kernels as kk
@@ -69,7 +74,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, and the wheel built from it."""
     at = tmp_path_factory.mktemp("built")
     source = copy_source(at / "source")
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", at, source, cwd=at)
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", at, source)
+    run(*build, cwd=at, CMAKE_CXX_COMPILER_LAUNCHER=REUSE)
     return at
 
 

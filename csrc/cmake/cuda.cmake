@@ -60,10 +60,12 @@ if(cuda_found)
   set_source_files_properties(${cuda_sources} PROPERTIES COMPILE_OPTIONS "${gencode}")
   target_sources(
     _C PRIVATE ${cuda_sources} ${cuda_binding_sources} ${more_cuda_binding_sources})
-  target_compile_definitions(_C PRIVATE KEXUE_WITH_CUDA)
   set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES OFF CUDA_VISIBILITY_PRESET hidden
                                       CUDA_RUNTIME_LIBRARY Static)
-  target_include_directories(_C PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  # of these alone, so that the other objects are the same with CUDA and without
+  set_source_files_properties(
+    ${cuda_binding_sources} ${more_cuda_binding_sources}
+    PROPERTIES INCLUDE_DIRECTORIES "${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}")
   set(cuda_families ${cuda_binding_sources})
   list(TRANSFORM cuda_families REPLACE "/bindings_cuda.cpp$" "")
 endif()

@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <vector>
 
+#include "mla/mla_attention_matmul.h"
+#include "mla/mla_attention_threads.h"
 #include "mla/mla_cache_append_threads.h"
 #include "mla/mla_decode_threads.h"
 
@@ -81,11 +84,79 @@ bool append(int threads, int dtype, const Array2& latent, int64_t dc, const Arra
   return true;
 }
 
+MlaHeads heads(const Array3& x) { return {pointer(x[0]), x[1], x[2], x[3]}; }
+MlaFloats floats(const Array2& x) { return {pointer<float>(x[0]), x[1], x[2]}; }
+
+// sizes: T, H, dk, dr, dv. data: q_nope, q_rope, out. expanded: k, key, v.
+MlaAttention attention_of(int dtype, const std::array<int64_t, 5>& sizes, bool causal,
+                          const std::vector<int64_t>& bounds, const std::array<Array3, 3>& data,
+                          const std::array<Array2, 3>& expanded, int64_t lse) {
+  const auto [T, H, dk, dr, dv] = sizes;
+  return {static_cast<DType>(dtype),
+          T,
+          H,
+          dk,
+          dr,
+          dv,
+          causal,
+          bounds.data(),
+          int64_t(bounds.size()) - 1,
+          heads(data[0]),
+          heads(data[1]),
+          floats(expanded[0]),
+          floats(expanded[1]),
+          floats(expanded[2]),
+          heads(data[2]),
+          pointer<float>(lse)};
+}
+
+void attention(int threads, int dtype, const std::array<int64_t, 5>& sizes, bool causal,
+               const std::vector<int64_t>& bounds, const std::array<Array3, 3>& data,
+               const std::array<Array2, 3>& expanded, int64_t lse) {
+  py::gil_scoped_release unlocked;
+  mla_attention_on_threads(
+      attention_of(dtype, sizes, causal, bounds, data, expanded, lse), threads);
+}
+
+// gradients: of out, q_nope, q_rope. d_expanded: of k, key, v.
+void attention_backward(int threads, int dtype, const std::array<int64_t, 5>& sizes, bool causal,
+                        const std::vector<int64_t>& bounds, const std::array<Array3, 3>& data,
+                        const std::array<Array2, 3>& expanded, int64_t lse,
+                        const std::array<Array3, 3>& gradients,
+                        const std::array<Array2, 3>& d_expanded) {
+  const MlaAttentionGradient gradient{heads(gradients[0]),   heads(gradients[1]),
+                                      heads(gradients[2]),   floats(d_expanded[0]),
+                                      floats(d_expanded[1]), floats(d_expanded[2])};
+  py::gil_scoped_release unlocked;
+  mla_attention_backward_on_threads(
+      attention_of(dtype, sizes, causal, bounds, data, expanded, lse), gradient, threads);
+}
+
+// sizes: count, rows, columns, depth. c's strides: matrix, row.
+void matmul(int threads, const std::array<int64_t, 4>& sizes, double factor, const Array3& a,
+            const Array3& b, const Array2& c, bool add) {
+  py::gil_scoped_release unlocked;
+  const auto [count, rows, columns, depth] = sizes;
+  mla_matmul_on_threads({count,
+                         rows,
+                         columns,
+                         depth,
+                         float(factor),
+                         add,
+                         {pointer<const float>(a[0]), a[1], a[2], a[3]},
+                         {pointer<const float>(b[0]), b[1], b[2], b[3]},
+                         {pointer<float>(c[0]), c[1], c[2]}},
+                        threads);
+}
+
 }  // namespace
 
 void bind_mla(py::module_& m) {
   m.def("mla_decode", &decode);
   m.def("mla_cache_append", &append);
+  m.def("mla_matmul", &matmul);
+  m.def("mla_attention", &attention);
+  m.def("mla_attention_backward", &attention_backward);
 }
 
 }  // namespace kexue

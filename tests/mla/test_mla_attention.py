@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kexue_kernels as kk
 from kexue_kernels import launchers
+from kexue_kernels.mla import attention_operators
 from kexue_kernels.mla import blocked_mla_attention as blocked
 from kexue_kernels.mla.groups import BUDGET, heads_per_group
 from tests.mla.attention_cases import (
@@ -79,9 +80,17 @@ def test_the_reference_s_gradients(case: Case) -> None:
     assert torch.autograd.gradgradcheck(function, data, fast_mode=True)
 
 
+@pytest.fixture(params=["installed", "blocked"])
+def cpu(request: pytest.FixtureRequest) -> str:
+    """Backend "cpu" as it is here, and in plain PyTorch."""
+    if request.param == "blocked":
+        request.getfixturevalue("without_extension")
+    return "cpu"
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_on_cpu(case: Case, poisoned: None) -> None:
-    check(case, "cpu")
+def test_on_cpu(case: Case, cpu: str, poisoned: None) -> None:
+    check(case, cpu)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,12 @@ def test_on_cpu(case: Case, poisoned: None) -> None:
 )
 @pytest.mark.parametrize(("block", "keys"), [(8, 8), (8, 20), (16, 12)])
 def test_many_tiles_and_groups(
-    case: Case, block: int, keys: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    block: int,
+    keys: int,
+    without_extension: None,
+    poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tiles that the diagonal crosses in every way, and a last group with fewer heads."""
     monkeypatch.setattr(blocked, "BLOCK", block)
@@ -107,7 +121,7 @@ def test_many_tiles_and_groups(
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_each_gradient_alone(backend: str) -> None:
+def test_each_gradient_alone(backend: str, cpu: str) -> None:
     inputs = make(Case())
     together = run(Case(), inputs, backend)
     for name in NAMES:
@@ -118,13 +132,14 @@ def test_each_gradient_alone(backend: str) -> None:
         assert set(grads.values()) == {None}
 
 
-def test_large_scores_neither_overflow_nor_vanish() -> None:
+def test_large_scores_neither_overflow_nor_vanish(cpu: str) -> None:
     """The backward knows a row's sum as its logarithm: off by a rounding of that."""
     case = Case(scale=40.0)
     inputs = make(case)
     exact = plain(case, {name: x.double() for name, x in inputs.items()})
-    own, found = plain(case, inputs), run(case, inputs, "cpu")
-    _, lse = blocked.forward(*(inputs[name] for name in NAMES), 40.0, True, None)
+    own, found = plain(case, inputs), run(case, inputs, cpu)
+    data = tuple(inputs[name] for name in NAMES)
+    _, lse = attention_operators.mla_attention(*data, None, 40.0, True, cpu)
     assert lse.max() > 500  # exp ends at 88
     roundings = 4 + lse.abs().max().item()
     for name, x in found.items():
@@ -133,16 +148,16 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
         assert error(x.double(), exact[name]) <= allowed, name
 
 
-def test_a_token_s_future_and_its_neighbours_are_not_read() -> None:
+def test_a_token_s_future_and_its_neighbours_are_not_read(cpu: str) -> None:
     """Neither later tokens nor other sequences, whatever they hold."""
     case = packed(10, 12)
     inputs = make(case)
-    before = run(case, inputs, "cpu")["out"]
+    before = run(case, inputs, cpu)["out"]
     for name in ("kv_latent", "k_rope"):
         inputs[name] = inputs[name].clone()
         inputs[name][:, 5:10] = 1e4
         inputs[name][:, 20:] = 1e4
-    after = run(case, inputs, "cpu")["out"]
+    after = run(case, inputs, cpu)["out"]
     untouched = [*range(5), *range(10, 20)]
     assert torch.equal(after[:, untouched], before[:, untouched])
     assert not torch.equal(after, before)
@@ -180,7 +195,7 @@ def test_no_tokens_in_no_sequence() -> None:
     assert kk.mla_attention(*data, cu_seqlens=torch.tensor([0, 0, 0])).shape == (1, 0, 3, 10)
 
 
-def test_what_is_computed_where_nothing_is_compiled() -> None:
+def test_what_is_computed_where_nothing_is_compiled(without_extension: None) -> None:
     module = launchers.launcher("mla", "mla_attention", "auto", torch.device("cpu"), torch.float32)
     assert module is blocked
 
