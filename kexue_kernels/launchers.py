@@ -17,12 +17,12 @@ from kexue_kernels import _extension, dispatch
 from kexue_kernels.checks import DOUBLE
 
 # Kernels (backend, op) that "auto" passes over until a GPU has passed their tests.
-OFF_BY_DEFAULT = frozenset({("cuda", "mla_decode")})
+OFF_BY_DEFAULT = frozenset({("cuda", "mla_decode"), ("cuda", "monarch_matmul")})
 
 
 def served_by_reference(op: str, x: Tensor, backend: str) -> bool:
     """Doubles go to the reference, which autograd follows at every order."""
-    if backend == "auto" and x.dtype in DOUBLE:
+    if backend == "auto" and x.dtype in DOUBLE and not x.is_meta:
         if not torch.compiler.is_compiling():
             dispatch.note_once(f"{op}: {x.dtype} is served by the reference alone")
         return True

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, not as a module of tests
 
 from kexue_kernels import backends
+from tests.monarch import cases as monarch
 from tests.scan.cases import (
     DTYPES,
     Case,
@@ -55,6 +56,26 @@ def check(case: Case, backend: str) -> None:
         assert found <= allowed, (backend, case, name, found, allowed)
 
 
+def hopper_products() -> list[monarch.Case]:
+    """Factors that stay in a cluster's shared memory, and factors that are streamed."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return []
+    sizes = [
+        {"k": 16, "q": 32, "p": 64, "l": 16, "s": 8, "N": 70},
+        {"k": 64, "q": 128, "p": 64, "l": 128, "s": 64, "N": 90},
+    ]
+    halves = (torch.bfloat16, torch.float16)
+    return [monarch.Case(**size, dtype=dtype) for size, dtype in product(sizes, halves)]
+
+
+def check_product(case: monarch.Case) -> None:
+    inputs, _ = monarch.make(case)
+    exact = case.call({name: x.double() for name, x in inputs.items()}, "reference")
+    own = case.call(inputs, "reference")
+    found = case.call({name: x.cuda() for name, x in inputs.items()}, "cuda")
+    monarch.check_close("y", found.cpu(), own, exact)
+
+
 def main(names: list[str]) -> None:
     for backend in names or ["cuda", "triton"]:
         status = backends()[backend]
@@ -63,6 +84,9 @@ def main(names: list[str]) -> None:
         for case in linear_scan_cases():
             check(case, backend)
             print(f"linear_scan {backend} {case}: ok", flush=True)
+        for product_case in hopper_products() if backend == "cuda" else []:
+            check_product(product_case)
+            print(f"monarch_matmul {backend} {product_case}: ok", flush=True)
 
 
 if __name__ == "__main__":

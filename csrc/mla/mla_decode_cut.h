@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "mla/hopper_layout.h"
+#include "common/hopper_layout.h"
 
 namespace kexue::mla {
 

@@ -2,7 +2,7 @@
 // arguments, its shared memory, the loader, and what both warp groups do.
 #pragma once
 
-#include "mla/hopper.cuh"
+#include "common/hopper.cuh"
 #include "mla/mla_decode_cut.h"
 
 namespace kexue::mla {

@@ -12,6 +12,7 @@ from kexue_kernels.benchmarks.case import Case, Direction, Sweep
 from kexue_kernels.benchmarks.goals import Goal, faster
 from kexue_kernels.benchmarks.results import CaseResult, Measurement
 from kexue_kernels.benchmarks.roof import short
+from kexue_kernels.monarch.plan import Shape, cluster
 
 COUNTED = {
     "forward": "bytes: x, w1, w2 read, y written; FLOPs: a product and a sum for each row and "
@@ -69,6 +70,9 @@ def case(
     words = {"n": f"n = {n}", "k": f"{blocks} blocks", "N": f"{rows} rows"}
     free = "k" if sweep == "n" else ""  # as many as a block is wide, then
     title = ", ".join(word for name, word in words.items() if name not in (sweep, free))
+    contestants = on(dtype.itemsize * n * n, device)
+    if device.type == "cuda" and direction == "forward" and on_hopper(n, blocks, rows, dtype):
+        contestants = [peers.ours("cuda"), *contestants]
     return Case(
         name=f"{kind} {', '.join(words.values())}",
         op="monarch_matmul",
@@ -82,12 +86,18 @@ def case(
         output_shape=(rows, n),
         make=lambda device: draw(n, blocks, rows, dtype, device),
         reference=peers.reference(),
-        contestants=tuple(on(dtype.itemsize * n * n, device)),
+        contestants=tuple(contestants),
         goals=tuple(goals),
         priority=priority,
         quick=quick,
         sweep=Sweep(f"{kind} {title}", sweep, sizes[sweep]) if sweep else None,
     )
+
+
+def on_hopper(n: int, blocks: int, rows: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel for clusters takes part."""
+    each = n // blocks
+    return cluster(Shape(rows, blocks, each, each, blocks, each, each, dtype)) is not None
 
 
 def draw(

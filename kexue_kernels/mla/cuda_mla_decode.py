@@ -5,21 +5,19 @@ captured in a graph. "auto" leaves it alone until a GPU has passed its tests
 (launchers.OFF_BY_DEFAULT).
 """
 
-import contextlib
-import functools
-from collections.abc import Iterator
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from kexue_kernels import _extension, dispatch
+from kexue_kernels import dispatch
+from kexue_kernels.cuda_common import ALIGNMENT, refused_by_device, rows_aligned
+from kexue_kernels.cuda_common import current_stream as _stream
+from kexue_kernels.cuda_common import module as _module
+from kexue_kernels.cuda_common import processors as _processors
 from kexue_kernels.mla.splits import choose_splits
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 WIDTH, HEAD_DIM_V = 576, 512
 QUERIES, KEYS = 64, 64  # of a thread block, and of what it loads at once
-ALIGNMENT = 16  # bytes, of every row: what one load moves
 
 
 def forward(
@@ -39,7 +37,7 @@ def forward(
     B, Tq, H, _ = q.shape
     num_blocks, block_size, _ = pages.shape
     max_blocks = block_table.shape[1]
-    if not _rows_aligned(q, q.stride()[:3]):
+    if not rows_aligned(q, q.stride()[:3]):
         q = q.clone(memory_format=torch.contiguous_format)
     tiles = -(-Tq * H // QUERIES)
     blocks = -(-max_blocks * block_size // KEYS)
@@ -81,7 +79,7 @@ def reasons(q: Tensor, pages: Tensor, head_dim_v: int) -> list[str]:
             f"{serves} dc + dr = {WIDTH} and head_dim_v = {HEAD_DIM_V}, got {width} and "
             f"{head_dim_v}"
         )
-    elif not _rows_aligned(pages, _page_strides(pages)):
+    elif not rows_aligned(pages, _page_strides(pages)):
         found.append(
             f"{serves} caches whose rows are contiguous and aligned to {ALIGNMENT} bytes, got "
             f"strides {list(pages.stride())} at an address {pages.data_ptr() % ALIGNMENT} bytes off"
@@ -91,17 +89,7 @@ def reasons(q: Tensor, pages: Tensor, head_dim_v: int) -> list[str]:
             f"{serves} {QUERIES} and more queries of a sequence (heads times query tokens), got "
             f"{Tq * H}"
         )
-    return found + _refused_by_device(q.device)
-
-
-def _refused_by_device(device: torch.device) -> list[str]:
-    found = []
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        found.append(f"the Hopper path needs compute capability (9, 0), this GPU has {capability}")
-    if "sm_90a" not in _module().build_info["archs"].split():
-        found.append("the C++ extension was built without sm_90a (see KEXUE_CUDA_ARCHS)")
-    return found
+    return found + refused_by_device(q.device)
 
 
 def _page_strides(pages: Tensor) -> tuple[int, int]:
@@ -109,27 +97,3 @@ def _page_strides(pages: Tensor) -> tuple[int, int]:
     num_blocks, block_size, width = pages.shape
     row = pages.stride(1) if block_size > 1 else width
     return pages.stride(0) if num_blocks > 1 else block_size * row, row
-
-
-def _rows_aligned(x: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether rows, the last axis of x, are contiguous and start at multiples of 16 bytes."""
-    bytes_apart = [stride * x.element_size() for stride in strides]
-    return x.stride(-1) == 1 and all(n % ALIGNMENT == 0 for n in (x.data_ptr(), *bytes_apart))
-
-
-@contextlib.contextmanager
-def _stream(device: torch.device) -> Iterator[int]:
-    """Make `device` the current one; its current stream."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _module() -> ModuleType:
-    module = _extension.load().module
-    assert module is not None, "dispatch let a call through without the extension"
-    return module

@@ -14,6 +14,11 @@ has room for it.
 A program needs its blocks of the factors for every tile of rows. Where a multiprocessor's shared
 memory holds them (`resident`), it fetches them once and takes tile after tile; else they come from
 L2 each time, and larger tiles mean fewer times.
+
+On Hopper there is a fourth way, the CUDA backend's, which only a call that asks for it takes:
+
+    cluster: one kernel, several thread blocks of which exchange z through each other's shared
+        memory. x is read and y written once; the factors are resident, or streamed from L2.
 """
 
 import functools
@@ -71,8 +76,8 @@ _H200 = Rates()
 
 
 class Plan(NamedTuple):
-    path: str  # "fused", "split" or "two"
-    resident: bool  # the fused kernel's factors, or the second kernel's
+    path: str  # "fused", "split", "two" or "cluster"
+    resident: bool  # the one kernel's factors, or the second kernel's
     seconds: float
 
 
@@ -158,10 +163,18 @@ def _two(shape: Shape, resident: Tile | None, rates: Rates) -> float:
     return seconds + _pass(z, again, w2, fetches, y, rates)
 
 
-def _pass(source: int, again: int, weights: int, fetches: int, result: int, rates: Rates) -> float:
+def _pass(
+    source: int,
+    again: int,
+    weights: int,
+    fetches: int,
+    result: int,
+    rates: Rates,
+    sectors: int = 1,  # touched for each one's worth of the result
+) -> float:
     """Of a kernel that reads its source `again` times, its weights `fetches` times."""
     memory = source + weights + result
-    l2 = again * source + fetches * weights + result
+    l2 = again * source + fetches * weights + sectors * result
     return max(memory / rates.memory, l2 / rates.l2) + rates.launch
 
 
@@ -171,6 +184,66 @@ def _sizes(shape: Shape) -> tuple[int, int, int, int, int]:
     elements = rows * k * p, rows * k * q, rows * s * l, k * q * p, l * s * r
     x, z, y, w1, w2 = (n * dtype.itemsize for n in elements)
     return x, z, y, w1, w2
+
+
+# As csrc/monarch/monarch_cluster.h has it.
+CLUSTERS = (2, 4, 8, 16)  # thread blocks
+CLUSTER_SHARED = 227 * 1024  # bytes of each
+TOGETHER = 8  # adjacent blocks of a factor that a warp group multiplies: 16 bytes of z or y
+FIRSTS_TOGETHER = 4  # the same of w1, where the factors are streamed
+WARP_GROUPS = 2  # of a thread block
+RESIDENT_ROWS, STREAMED_ROWS = 32, 40  # of a warp group's tile
+RESIDENT_BUFFERS, STREAMED_BUFFERS = 2 * 4 * 4096 + 2048, 6 * 10240 + 2048  # what else has room
+
+
+class Cluster(NamedTuple):
+    size: int  # thread blocks
+    resident: bool  # the factors, in their shared memory
+
+
+def cluster(shape: Shape) -> Cluster | None:
+    """The smallest that serves `shape`, streaming the factors where none can hold them."""
+    if shape.dtype not in HALVES or shape.q % shape.l != 0:
+        return None
+    serving = [Cluster(size, True) for size in CLUSTERS if _holds(shape, size)]
+    serving += [Cluster(size, False) for size in CLUSTERS if _streams(shape, size)]
+    return serving[0] if serving else None
+
+
+def _holds(shape: Shape, size: int) -> bool:
+    _, k, q, p, l, s, r, _ = shape
+    boxes = p == 32 or p % 64 == 0
+    whole = all(n % (TOGETHER * size) == 0 for n in (k, l)) and s % TOGETHER == 0
+    elements = k * q * p + l * s * r + WARP_GROUPS * RESIDENT_ROWS * l * r
+    return boxes and whole and _room(shape, size, elements) >= RESIDENT_BUFFERS
+
+
+def _streams(shape: Shape, size: int) -> bool:
+    _, k, q, p, l, s, r, _ = shape
+    tiles = q == l == 128 and all(n % 64 == 0 for n in (p, s, r))
+    whole = k % (FIRSTS_TOGETHER * size) == 0 and l % (TOGETHER * size) == 0
+    elements = WARP_GROUPS * STREAMED_ROWS * l * r
+    return tiles and whole and _room(shape, size, elements) >= STREAMED_BUFFERS
+
+
+def _room(shape: Shape, size: int, elements: int) -> int:
+    """Bytes that are left beside a thread block's share of so many elements."""
+    return CLUSTER_SHARED - elements // size * shape.dtype.itemsize
+
+
+def cluster_cost(shape: Shape, rates: Rates = _H200) -> Plan | None:
+    """What z costs on its way between multiprocessors is not counted.
+
+    y is written 8 adjacent l at a time: half sectors.
+    """
+    if (found := cluster(shape)) is None:
+        return None
+    x, _, y, w1, w2 = _sizes(shape)
+    fetches = -(-shape.rows // (WARP_GROUPS * STREAMED_ROWS))
+    if found.resident:
+        tiles = -(-shape.rows // (WARP_GROUPS * RESIDENT_ROWS))
+        fetches = resident_programs(found.size, tiles, rates.multiprocessors)
+    return Plan("cluster", found.resident, _pass(x, 1, w1 + w2, fetches, y, rates, sectors=2))
 
 
 def product_tile(dtype: torch.dtype, O: int, adjacent: int = 1, whole: bool = True) -> Tile:

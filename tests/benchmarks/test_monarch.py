@@ -149,6 +149,19 @@ def test_other_matrices_are_caught() -> None:
     assert "output" in wrong(case, load("swapped"))
 
 
+def test_who_multiplies_on_a_gpu() -> None:
+    def ours(n: int, blocks: int, **options: object) -> list[str]:
+        case = monarch.case(n, blocks, 64, on=monarch_peers.on_gpu, device=GPU, **options)
+        return [c.name for c in case.contestants if c.ours]
+
+    both = ["kexue cuda", "kexue triton"]
+    for n, blocks in ((1024, 32), (4096, 64), (16384, 128)):
+        assert ours(n, blocks, dtype=torch.bfloat16) == both
+    assert ours(256, 16, dtype=torch.bfloat16) == both[1:]  # too narrow for a cluster's boxes
+    assert ours(1024, 32, dtype=torch.float32) == both[1:]
+    assert ours(1024, 32, dtype=torch.bfloat16, direction=BOTH) == both[1:]
+
+
 def test_dense_matrices_that_do_not_fit() -> None:
     assert monarch_peers.dense(2**31, CPU).absence() is not None
     assert monarch_peers.dense(2**31, GPU).absence() is None

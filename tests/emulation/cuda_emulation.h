@@ -49,8 +49,8 @@ struct Warp {
 struct Fiber {
   std::unique_ptr<std::byte[]> stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
   ucontext_t context;
-  const Barrier* awaited = nullptr;  // to leave its `phase`
-  int phase = 0;
+  const int* awaited = nullptr;  // to become other than `value`
+  int value = 0;
   bool done = false;
 };
 
@@ -83,29 +83,37 @@ class Block {
 
   bool done() const { return left_.empty(); }
 
-  // Every thread that awaits none runs until it does.
-  void turn(std::mt19937_64& random) {
+  // Every thread that awaits nothing runs until it does. Whether there was one.
+  bool turn(std::mt19937_64& random) {
+    bool ran = false;
     std::shuffle(left_.begin(), left_.end(), random);
     for (const int i : left_) {
       Fiber& fiber = fibers[i];
-      if (fiber.awaited && fiber.awaited->phase == fiber.phase) continue;
+      if (fiber.awaited && *fiber.awaited == fiber.value) continue;
       fiber.awaited = nullptr;
       self = {this, i};
       swapcontext(&scheduler_, &fiber.context);
+      ran = true;
     }
     std::erase_if(left_, [&](int i) { return fibers[i].done; });
+    return ran;
   }
 
   void end_turn() { swapcontext(&fibers[self.index].context, &scheduler_); }
 
+  // Until what has this value has another.
+  void wait_while(const int& awaited, int value) {
+    fibers[self.index].awaited = &awaited;
+    fibers[self.index].value = value;
+    end_turn();
+  }
+
   void wait(Barrier& at) {
     if (++at.arrived == at.count) {
       at.arrived = 0, ++at.phase;
-      return;
+    } else {
+      wait_while(at.phase, at.phase);
     }
-    fibers[self.index].awaited = &at;
-    fibers[self.index].phase = at.phase;
-    end_turn();
   }
 
   std::vector<Fiber> fibers;
@@ -113,6 +121,7 @@ class Block {
   std::vector<Warp> warps;
   int64_t index = 0;
   int pace = 1;
+  int64_t asleep = 0;  // turns
   alignas(16) std::array<std::byte, 100 << 10> shared;
 
  private:
@@ -144,8 +153,44 @@ auto exchange(const T& x, F use) {
   return result;
 }
 
-inline void run_blocks(int64_t count, int threads, const std::function<void()>& kernel) {
+// Lets blocks take turns until each is done. `between` turns goes on what does so by itself; it
+// tells whether there is anything. Blocks may fall asleep, at first and now and then, for up to
+// `sleep` turns.
+class Turns {
+ public:
+  Turns(std::mt19937_64& random, std::function<bool()> between, int sleep = 0)
+      : random_(random), between_(std::move(between)), sleep_(sleep) {}
+
+  void round(std::vector<std::unique_ptr<Block>>& under_way) {
+    bool active = between_();
+    for (auto& block : under_way) {
+      if (block->asleep > 0) {
+        --block->asleep, active = true;
+      } else if (sleep_ > 0 && random_() % kWakeful == 0) {
+        block->asleep = random_() % sleep_, active = true;
+      } else if (random_() % block->pace == 0) {
+        active |= block->turn(random_);
+      }
+    }
+    idle_ = active ? 0 : idle_ + 1;
+    if (idle_ < kPatience) return;
+    fprintf(stderr, "cuda_emulation: every thread waits\n");
+    abort();
+  }
+
+ private:
+  static constexpr int kPatience = 10'000, kWakeful = 512;
+  std::mt19937_64& random_;
+  std::function<bool()> between_;
+  int sleep_;
+  int idle_ = 0;
+};
+
+inline void run_blocks(
+    int64_t count, int threads, const std::function<void()>& kernel,
+    const std::function<bool()>& between = [] { return false; }) {
   std::mt19937_64 random(schedule.seed);
+  Turns turns(random, between);
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
@@ -156,9 +201,7 @@ inline void run_blocks(int64_t count, int threads, const std::function<void()>& 
       under_way.back()->start(order.back(), 1 << random() % 4);
       order.pop_back();
     }
-    for (auto& block : under_way) {
-      if (random() % block->pace == 0) block->turn(random);
-    }
+    turns.round(under_way);
     std::erase_if(under_way, [](const auto& block) { return block->done(); });
   }
 }

@@ -1,15 +1,12 @@
 """Products with block-diagonal matrices in C++: instruction sets, threads, tiles, strides."""
 
-import shutil
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kexue_kernels import _extension
+from tests import cpu
 from tests.monarch.cases import (
     BLOCKS,
     CASES,
@@ -25,28 +22,9 @@ from tests.monarch.cases import (
     widened,
 )
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
+cpu.extension()
 
 from kexue_kernels.monarch import cpu_block_diag_matmul, cpu_monarch_matmul  # noqa: E402
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
-@pytest.fixture
-def keep_threads() -> Iterator[None]:
-    """For tests that set a number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def results(case: Case, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from kexue_kernels.monarch.plan import (
+    CLUSTERS,
     PANEL,
     RESIDENT_SHARED,
     WIDE_SHARED,
     Rates,
     Shape,
+    cluster,
+    cluster_cost,
     costs,
     fusable,
     gradients_tile,
@@ -237,3 +240,81 @@ def test_rows_of_a_partial_sum() -> None:
     assert split_rows(10, 1, 132) == 256
     seen = {split_rows(rows, 64, 132) for rows in range(1, 300_000, 997)}
     assert seen == {2**n for n in range(8, 16)}
+
+
+# ---- clusters
+
+
+def test_the_smallest_cluster_that_serves() -> None:
+    assert cluster(square(1024, 32)) == (2, True)
+    assert cluster(square(2048, 32)) == (4, True)
+    assert cluster(square(4096, 64, FP16)) == (8, True)
+    assert cluster(square(16384, 128)) == (16, False)
+    assert cluster(Shape(1, 32, 64, 32, 64, 16, 32, BF16)) == (4, True)  # z has no room in 2
+    assert cluster(Shape(1, 64, 128, 512, 128, 1024, 64, BF16)) == (8, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": F32},
+        {"dtype": C64},
+        {"q": 16, "r": 16},  # l does not divide q
+        {"p": 48},  # rows that are no whole boxes
+        {"s": 36},
+        {"k": 40, "r": 40},  # no whole groups of blocks
+        {"q": 64, "l": 8, "r": 256},
+        {"p": 4096},  # too large to be kept, and not 128 hidden units a block
+    ],
+    ids=str,
+)
+def test_what_no_cluster_serves(change: dict[str, int]) -> None:
+    shape = Shape(**(square(1024, 32)._asdict() | change))
+    assert shape.k * shape.q == shape.l * shape.r
+    assert cluster(shape) is None
+    assert cluster_cost(shape) is None
+
+
+@pytest.mark.parametrize(("n", "blocks"), [(1024, 32), (2048, 32), (4096, 64), (16384, 128)])
+def test_a_cluster_has_room(n: int, blocks: int) -> None:
+    """By hand, as csrc/monarch/monarch_cluster.h has it: factors, z and x of two warp groups."""
+    found = cluster(square(n, blocks))
+    assert found is not None
+    assert found.size in CLUSTERS
+    each, share = n // blocks, blocks // found.size
+    factors, rows = 2 * share * each * each * 2, 2 * (32 if found.resident else 40)
+    z = share * each * rows * 2
+    buffers = 8 * 4096 if found.resident else 6 * 80 * 128
+    assert factors * found.resident + z + buffers < 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("n", "blocks", "expected"),
+    [(1024, 32, 1.19), (2048, 32, 2.33), (4096, 64, 4.56), (16384, 128, 37.0)],
+)
+def test_what_clusters_are_predicted_to_need(n: int, blocks: int, expected: float) -> None:
+    """In ns a row on an H200, as the family's page has it: ahead but for the smallest."""
+    found = cluster_cost(square(n, blocks))
+    assert found is not None
+    assert found.seconds / ROWS * 1e9 == pytest.approx(expected, rel=5e-3)
+    others = plan(square(n, blocks), RESIDENT_SHARED).seconds
+    assert (found.seconds < others) == (n > 1024)
+
+
+def test_what_bounds_a_cluster() -> None:
+    """By hand, n = 4096 with 64 blocks (512 KiB a factor) and n = 16384 (4 MiB)."""
+    slow_memory, slow_l2 = Rates(1e9, 1e18, 0), Rates(1e18, 1e9, 0)
+    for n, blocks, factor, fetches in ((4096, 64, 2**19, 132 // 8), (16384, 128, 2**22, 820)):
+        x = ROWS * 2 * n
+        memory, l2 = (cluster_cost(square(n, blocks), rates) for rates in (slow_memory, slow_l2))
+        assert memory is not None
+        assert l2 is not None
+        assert memory.seconds == pytest.approx((2 * x + 2 * factor) / 1e9)
+        assert l2.seconds == pytest.approx((3 * x + fetches * 2 * factor) / 1e9)  # y: half sectors
+
+
+def test_the_chosen_way_is_never_a_cluster() -> None:
+    """It is the CUDA backend's, which a call has to ask for."""
+    for n, blocks in ((1024, 32), (2048, 32), (4096, 64), (16384, 128)):
+        found = costs(square(n, blocks), RESIDENT_SHARED)
+        assert "cluster" not in {each.path for each in found}

@@ -32,11 +32,13 @@ KEXUE_INLINE constexpr uint32_t tile_offset(int row, int channel) {
 }
 
 // What a matrix instruction is told of an operand in shared memory: where it starts and two
-// distances, all in units, and (bits 62 and 63) that it lies swizzled by 128 bytes.
-KEXUE_INLINE constexpr uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  constexpr uint64_t kSwizzle128 = 1;
+// distances, all in units, and (bits 62 and 63) how it is swizzled.
+enum class Swizzle : uint64_t { none = 0, bytes_128 = 1 };
+
+KEXUE_INLINE constexpr uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride,
+                                           Swizzle swizzle = Swizzle::bytes_128) {
   return uint64_t(address / kUnitBytes & 0x3fff) | uint64_t(leading / kUnitBytes) << 16 |
-         uint64_t(stride / kUnitBytes) << 32 | kSwizzle128 << 62;
+         uint64_t(stride / kUnitBytes) << 32 | uint64_t(swizzle) << 62;
 }
 
 // A tile whose channels are summed over (K-major), as in Q K^T: its rows are those of the
@@ -51,6 +53,19 @@ KEXUE_INLINE constexpr uint64_t across_channels(uint32_t tile, int step) {
 // every `stride` bytes. Step k takes 16 rows.
 KEXUE_INLINE constexpr uint64_t across_rows(uint32_t tiles, int step) {
   return descriptor(tiles + step * kDepth * kRowBytes, kTileBytes, kRepeatBytes);
+}
+
+// Without a swizzle: a unit (8 channels) of each of `rows` rows, then the next unit of all of them.
+// Eight rows of a unit lie in one piece of 128 bytes, which is what matrix instructions read.
+KEXUE_INLINE constexpr uint32_t unit_offset(int rows, int row, int unit) {
+  return (unit * rows + row) * kUnitBytes;
+}
+
+// Such an operand, from any multiple of eight rows on, whose channels are summed over. Step k takes
+// 16 channels: two units, `leading` bytes apart.
+KEXUE_INLINE constexpr uint64_t across_units(uint32_t units, int rows, int step) {
+  return descriptor(units + unit_offset(rows, 0, step * 2), rows * kUnitBytes,
+                    kRepeatRows * kUnitBytes, Swizzle::none);
 }
 
 // Which element of a [64, N] accumulator a warp group's thread holds as its i-th. As pairs i, i + 1

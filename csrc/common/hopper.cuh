@@ -1,6 +1,6 @@
-// What mla_decode's kernel asks of a Hopper GPU beyond its matrix instructions: barriers that count
-// arrivals and bytes, and the copy engine (TMA). For a CPU compiler tests/emulation offers the same
-// names, hopper_products.cuh's included.
+// What kernels ask of a Hopper GPU beyond its matrix instructions: barriers that count arrivals and
+// bytes, the copy engine (TMA), and clusters of thread blocks. For a CPU compiler tests/emulation
+// offers the same names, hopper_products.cuh's included.
 //
 // Two kinds of access ("proxies") meet in shared memory: ordinary loads and stores by threads, and
 // those of the copy engine and the matrix instructions. A barrier orders one kind; between them
@@ -15,7 +15,7 @@
 
 #include <cuda.h>
 
-#include "mla/hopper_products.cuh"
+#include "common/hopper_products.cuh"
 
 namespace kexue::hopper {
 
@@ -99,11 +99,70 @@ KEXUE_DEVICE void await(Barrier& barrier, int parity) {
   } while (!ended);
 }
 
+// ---- clusters: thread blocks that run at the same time and reach each other's shared memory,
+// which must not be touched before its block has begun (sync_cluster) or after its end (again).
+
+KEXUE_DEVICE int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+KEXUE_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+KEXUE_DEVICE int cluster_index() { return blockIdx.x / cluster_size(); }
+KEXUE_DEVICE int cluster_count() { return gridDim.x / cluster_size(); }
+
+KEXUE_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Where block `rank` has what lies at `address` of this block's shared memory.
+KEXUE_DEVICE uint32_t address_in(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+KEXUE_DEVICE void store_remote(uint32_t address, Pack x) {
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.word[0]),
+               "r"(x.word[1]), "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
+}
+KEXUE_DEVICE void store_remote(uint32_t address, uint32_t low, uint32_t high) {
+  asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(low), "r"(high)
+               : "memory");
+}
+// fence_proxy(), for stores to any block of the cluster.
+KEXUE_DEVICE void fence_cluster() {
+  asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
+}
+// What this thread did or was told of before is known to whoever awaits the barrier.
+KEXUE_DEVICE void arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+// await(), where other blocks arrive.
+KEXUE_DEVICE void await_cluster(Barrier& barrier, int parity) {
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred ended;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n}"
+        : "=r"(ended)
+        : "r"(shared_address(&barrier)), "r"(parity)
+        : "memory");
+  } while (!ended);
+}
+
 // ---- the copy engine
 
 using TensorMap = CUtensorMap;
 
-// A box of the map, from (channel, row, page) on, to shared memory; `barrier` gets its bytes.
+// A box of the map, from (channel, row, page) on, to shared memory; `barrier` gets its bytes. What
+// lies outside the array counts and is zeros.
 KEXUE_DEVICE void load_box(void* to, const TensorMap& map, int channel, int row, int page,
                            Barrier& barrier) {
   asm volatile(
@@ -111,6 +170,13 @@ KEXUE_DEVICE void load_box(void* to, const TensorMap& map, int channel, int row,
       " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
       "l"(&map), "r"(channel), "r"(row), "r"(page), "r"(shared_address(&barrier))
       : "memory");
+}
+
+// The same box, into the L2 cache.
+KEXUE_DEVICE void prefetch_box(const TensorMap& map, int channel, int row, int page) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map),
+               "r"(channel), "r"(row), "r"(page)
+               : "memory");
 }
 
 // ---- host
@@ -156,6 +222,34 @@ template <class Args>
 void launch_large(const char* op, void (*kernel)(Args), int64_t blocks, int threads,
                   int shared_bytes, void* stream, const Args& args) {
   launch_with_shared(op, kernel, blocks, threads, shared_bytes + kAlignment, stream, args);
+}
+
+// Clusters of `size` blocks, as many as run at the same time, `most` at most: they share the work.
+template <class Args>
+void launch_clusters(const char* op, void (*kernel)(Args), int64_t most, int size, int threads,
+                     int shared_bytes, void* stream, const Args& args) {
+  constexpr int kPortable = 8;
+  const void* address = reinterpret_cast<const void*>(kernel);
+  const int bytes = shared_bytes + kAlignment;
+  check_cuda(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
+  if (size > kPortable) {
+    check_cuda(cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+               op);
+  }
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(size), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(size);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster, config.numAttrs = 1;
+  int at_once = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&at_once, kernel, &config), op);
+  if (at_once == 0) throw std::runtime_error(std::string(op) + ": this GPU has no such clusters");
+  config.gridDim = dim3(size * unsigned(most < at_once ? most : at_once));
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args), op);
 }
 
 }  // namespace kexue::hopper
