@@ -42,16 +42,21 @@ def extract(folder: Path, archs: list[str]) -> tuple[list[tuple[str, Path]], str
     return wanted, "" if wanted else f"the C++ extension's CUDA C++ kernels are for {built} alone"
 
 
+def usages(cubin: Path) -> dict[str, sass.Usage]:
+    """Kernel name (mangled) -> its resources, without a look at its instructions."""
+    return sass.usages(tools.run("cuobjdump", "-res-usage", cubin))
+
+
 def cards(arch: str, cubin: Path) -> list[Card]:
     """One card per kernel in the file. Shared memory asked for at launch is not in it."""
-    code = sass.functions(tools.run("nvdisasm", "-c", cubin))
-    usages = sass.usages(tools.run("cuobjdump", "-res-usage", cubin))
+    code = sass.functions(tools.run("nvdisasm", "-c", "-ndf", cubin))
+    needs = usages(cubin)
     threads = _threads(tools.run("cuobjdump", "-elf", cubin))
     names = tools.demangled(code)
     return [
-        _card(arch, names[kernel], code[kernel], usages[kernel], threads.get(kernel))
+        _card(arch, names[kernel], code[kernel], needs[kernel], threads.get(kernel))
         for kernel in code
-        if kernel in usages
+        if kernel in needs
     ]
 
 

@@ -102,7 +102,7 @@ def _read_nvidia(kernel: Any) -> _Needs:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         name = kernel.metadata.name
-        code = sass.functions(tools.run("nvdisasm", "-c", cubin))[name]
+        code = sass.functions(tools.run("nvdisasm", "-c", "-ndf", cubin))[name]
         usage = sass.usages(tools.run("cuobjdump", "-res-usage", cubin))[name]
     spills = sum(instruction.kind == "local" for instruction in code)
     return _Needs(code, usage.registers, usage.stack + usage.local, spills)

@@ -61,6 +61,7 @@ def test_every_option(calls: list[dict[str, Any]]) -> None:
     [
         (["attention"], ["FAMILY", "attention", "scan"]),
         (["--device", "tpu"], ["--device", "tpu", "cpu", "cuda"]),
+        (["--time-limit", "-1"], ["--time-limit", "0"]),
     ],
 )
 def test_unknown_names(calls: list[Any], arguments: list[str], words: list[str]) -> None:

@@ -142,6 +142,14 @@ def test_cards_for_people(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("only_examples")
+def test_no_such_kernel(run: Run) -> None:
+    result = run("--kernel", "nonesuch", "--arch", "sm_90", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == []
+    assert "--kernel: no op or name has 'nonesuch' in it" in result.stderr
+
+
+@pytest.mark.usefixtures("only_examples")
 def test_without_triton(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     result = run("--json")

@@ -99,12 +99,12 @@ def test_one_wrong_value_is_a_miss(cpu_launcher: Any, monkeypatch: pytest.Monkey
         return h, final_state
 
     monkeypatch.setattr(cpu_launcher, "forward", wrong)
-    status, report = checked("--backend", "cpu")
+    status, report = checked("scan", "--backend", "cpu")
     assert status == 1
     assert not report["ok"]
     missed = [result for result in report["results"] if not result["ok"]]
     assert missed == linear(report)
-    text = run("--backend", "cpu")
+    text = run("scan", "--backend", "cpu")
     assert text.exit_code == 1
     assert "missed" in text.stdout
 
@@ -118,7 +118,7 @@ def test_one_wrong_gradient_is_a_miss(cpu_launcher: Any, monkeypatch: pytest.Mon
         return grad_a, grad_b, grad_initial
 
     monkeypatch.setattr(cpu_launcher, "backward", wrong)
-    status, report = checked("--backend", "cpu")
+    status, report = checked("scan", "--backend", "cpu")
     assert status == 1
     assert {result["worst"] for result in linear(report)} == {"grad b"}
 
@@ -128,11 +128,11 @@ def test_a_kernel_that_raises_is_a_miss(cpu_launcher: Any, monkeypatch: pytest.M
         raise RuntimeError("the launch [failed]")
 
     monkeypatch.setattr(cpu_launcher, "forward", broken)
-    status, report = checked("--backend", "cpu")
+    status, report = checked("scan", "--backend", "cpu")
     assert status == 1
     assert all("the launch [failed]" in result["failure"] for result in linear(report))
     monkeypatch.setenv("COLUMNS", "200")
-    assert "the launch [failed]" in run("--backend", "cpu").stdout
+    assert "the launch [failed]" in run("scan", "--backend", "cpu").stdout
 
 
 def test_unavailable_backends_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
