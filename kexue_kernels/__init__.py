@@ -1,4 +1,4 @@
-"""Fused GPU and CPU kernels for PyTorch: linear recurrences, Monarch matrices, quantisation."""
+"""Fused kernels for PyTorch: linear recurrences, Monarch matrices, latent attention, codebooks."""
 
 from kexue_kernels import hippo, nn, reference
 from kexue_kernels._version import __version__

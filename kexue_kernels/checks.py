@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 REAL = (*HALF_AND_SINGLE, torch.float64)
@@ -29,8 +30,27 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+
+
+def written(name: str, value: Tensor) -> None:
+    """Of a tensor that is updated in place: no two elements are one number in memory."""
+    if any(n > 1 and stride == 0 for n, stride in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected memory of its own for each element, as it is written to, got shape "
+            f"{list(value.shape)} with strides {list(value.stride())}"
+        )
+
+
+def recorded(*values: Tensor | None) -> bool:
+    """Whether autograd follows one of them: for a backward pass, or forward by its tangent."""
+    given = [x for x in values if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return True
+    is_forward = forward_ad._current_level >= 0
+    return is_forward and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
 
 
 def boolean(name: str, value: object) -> None:

@@ -15,7 +15,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="The short list, under a minute.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; else a GPU if any.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, tables and plots.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds after which to stop.")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which to stop.")
+    ] = None,
     again: Annotated[
         str | None, typer.Option(help="Only cases with this in their names, into --out's results.")
     ] = None,

@@ -49,6 +49,8 @@ def inspect(
                 cards += chosen
                 for card in [] if json else chosen:
                     output.print(panel(card))
+    if kernel and not cards:
+        remarks.print(f"--kernel: no op or name has {escape(kernel)!r} in it", highlight=False)
     if json:
         print_json([asdict(card) for card in cards])
     raise typer.Exit(1 if any(card.problems for card in cards) else 0)

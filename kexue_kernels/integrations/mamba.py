@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kexue_kernels import dispatch
 from kexue_kernels.nn.scan.mixing import (
     Constants,
     Normalise,
@@ -27,6 +28,7 @@ class FusedMamba:
 
     layer_idx: int
     conv_kernel_size: int
+    _original: type
 
     def forward(
         self,
@@ -38,7 +40,11 @@ class FusedMamba:
         **kwargs: Any,
     ) -> Tensor:
         """[B, L, hidden] -> [B, L, hidden], reading and updating the cache."""
-        if kwargs or _records(cache_params, self.layer_idx):
+        reason = self._refusal(cache_params, kwargs)
+        if reason:
+            if not torch.compiler.is_compiling():
+                kind = self._original.__name__
+                dispatch.note_once(f"{kind}: left to Transformers' own code: {reason}")
             given = {"cache_params": cache_params, "attention_mask": attention_mask}
             if cache_position is not None:
                 given["cache_position"] = cache_position
@@ -58,6 +64,12 @@ class FusedMamba:
         y, window, state = mix(self, x, window, state, mask=mask, normalise=normalise)
         _store(cache_params, self.layer_idx, window.mT, state)
         return y.to(x.dtype)
+
+    def _refusal(self, cache: Any, given: dict[str, Any]) -> str:
+        """Why this call is the original's."""
+        if given:
+            return f"{', '.join(given)} was given"
+        return "the cache keeps its past" if _records(cache, self.layer_idx) else ""
 
     def _normaliser(self) -> Normalise | None:
         return None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kexue_kernels import checks, dispatch, launchers, options
+from kexue_kernels import checks, dispatch, launchers
 from kexue_kernels.mla import arguments, operators, reference
 
 
@@ -62,11 +62,12 @@ def mla_cache_append(
     dr = k_rope.shape[1]
     _check_beside("k_rope", k_rope, (T, dr), "[T, dr]", kv_latent, (kv_latent.dtype,))
     pages = arguments.pages(kv_cache, dc, dr, kv_latent, "kv_latent")
+    checks.written("kv_cache", kv_cache)
     checks.tensor("slot_mapping", slot_mapping)
     checks.dtype("slot_mapping", slot_mapping, checks.INDEX)
     checks.shape("slot_mapping", slot_mapping, (T,), "[T]")
     checks.device("slot_mapping", slot_mapping, kv_latent.device, "kv_latent")
-    options.number("norm_eps", norm_eps)
+    arguments.norm_eps(norm_eps)
     checks.boolean("rope_interleaved", rope_interleaved)
     either = kv_latent.dtype, torch.float32
     if norm_weight is not None:
@@ -125,3 +126,4 @@ def _check_angles(
         width = dr if value.shape[1] == dr else dr // 2
         axes = "[T, dr]" if value.shape[1] == dr else "[T, dr/2]"
         _check_beside(name, value, (T, width), axes, kv_latent, dtypes)
+    checks.shape("sin", sin, tuple(cos.shape), "[T, width of cos]")

@@ -3,34 +3,36 @@
 import torch
 from torch import Tensor
 
-from kexue_kernels import autocast, checks
+from kexue_kernels import autocast, checks, options
 from kexue_kernels.mla import fp8
 
 
-def pages(kv_cache: Tensor, dc: int, dr: int, like: Tensor, owner: str) -> Tensor:
+def pages(
+    kv_cache: Tensor, dc: int, dr: int, like: Tensor, owner: str, name: str = "kv_cache"
+) -> Tensor:
     """kv_cache as [num_blocks, block_size, dc + dr], or uint8 rows of fp8.py, after checking it."""
-    checks.tensor("kv_cache", kv_cache)
+    checks.tensor(name, kv_cache)
     if kv_cache.dtype in fp8.DTYPES:
         if like.dtype != torch.bfloat16:
             dtype = str(like.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{owner}: expected dtype bfloat16 beside a kv_cache of bytes, got {dtype}"
+                f"{owner}: expected dtype bfloat16 beside a {name} of bytes, got {dtype}"
             )
-        width, row = fp8.checked_row_bytes("kv_cache", dc, dr), "dc + dc/32 + 2 dr"
+        width, row = fp8.checked_row_bytes(name, dc, dr), "dc + dc/32 + 2 dr"
     else:
         width, row = dc + dr, "dc + dr"
-        checks.dtype("kv_cache", kv_cache, (like.dtype,))
-    checks.device("kv_cache", kv_cache, like.device, owner)
+        checks.dtype(name, kv_cache, (like.dtype,))
+    checks.device(name, kv_cache, like.device, owner)
     axes = f"[num_blocks, block_size, {row}]"
     if kv_cache.ndim == 4:
         axes = f"[num_blocks, block_size, 1, {row}]"
         expected = (*kv_cache.shape[:2], 1, width)
     else:
-        checks.ndim("kv_cache", kv_cache, 3, f"{axes} or [num_blocks, block_size, 1, {row}]")
+        checks.ndim(name, kv_cache, 3, f"{axes} or [num_blocks, block_size, 1, {row}]")
         expected = (*kv_cache.shape[:2], width)
-    checks.shape("kv_cache", kv_cache, expected, axes)
+    checks.shape(name, kv_cache, expected, axes)
     if kv_cache.shape[1] < 1:
-        raise ValueError(f"kv_cache: expected block_size of at least 1, got {list(kv_cache.shape)}")
+        raise ValueError(f"{name}: expected block_size of at least 1, got {list(kv_cache.shape)}")
     return fp8.as_bytes(kv_cache if kv_cache.ndim == 3 else kv_cache.squeeze(2))
 
 
@@ -99,8 +101,15 @@ def slots_in_reach(slot_mapping: Tensor, pages: Tensor) -> None:
         )
 
 
+def norm_eps(value: object) -> None:
+    options.finite("norm_eps", value)
+    assert isinstance(value, int | float)
+    if value < 0:
+        raise ValueError(f"norm_eps: expected a number from 0 on, got {value}")
+
+
 def for_inference(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if checks.recorded(*tensors):
         raise RuntimeError(
             f"{op} is for inference, but an input requires grad: call it under torch.no_grad(), or "
             "detach its inputs"

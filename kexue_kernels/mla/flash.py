@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kexue_kernels import checks, options
-from kexue_kernels.mla import fp8
+from kexue_kernels.mla import arguments, fp8
 from kexue_kernels.mla.decode import mla_decode
 
 
@@ -42,18 +42,21 @@ def flash_mla_with_kvcache(
         out [B, Tq, H, head_dim_v] and lse [B, H, Tq], as `mla_decode`, but a query that sees no
         key has lse +inf.
 
-    Raises:
-        As `mla_decode`.
+    What it raises is what `mla_decode` does.
     """
     del tile_scheduler_metadata, num_splits
     checks.tensor("q", q)
     checks.ndim("q", q, 4, "[B, Tq, H, dc + dr]")
+    checks.tensor("k_cache", k_cache)
+    options.integer("head_dim_v", head_dim_v)
+    if head_dim_v <= q.shape[3]:
+        taken = arguments.in_cache_dtype(q, k_cache)
+        arguments.pages(k_cache, head_dim_v, q.shape[3] - head_dim_v, taken, "q", "k_cache")
     if softmax_scale is None:
         softmax_scale = max(1, q.shape[3]) ** -0.5
     options.finite("softmax_scale", softmax_scale)
     if is_fp8_kvcache is not None:
         checks.boolean("is_fp8_kvcache", is_fp8_kvcache)
-        checks.tensor("k_cache", k_cache)
         if is_fp8_kvcache != (k_cache.dtype in fp8.DTYPES):
             dtype = str(k_cache.dtype).removeprefix("torch.")
             raise ValueError(

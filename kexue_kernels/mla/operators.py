@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kexue_kernels import registry
+from kexue_kernels import dispatch, registry
 from kexue_kernels.checks import state_dtype
 from kexue_kernels.launchers import launcher_of
 from kexue_kernels.mla import arguments
@@ -113,6 +113,13 @@ def mla_cache_append(
             rope_interleaved,
         )
     torch.autograd.graph.increment_version(pages)
+
+
+def check_backend(backend: str, pages: Tensor) -> None:
+    """BackendUnavailableError where a forced backend can't both write to a cache and read it."""
+    if dispatch.resolve(backend) not in ("auto", "reference"):
+        for op in ("mla_cache_append", "mla_decode"):
+            _launcher(op, backend, pages, pages)
 
 
 def _launcher(op: str, backend: str, data: Tensor, pages: Tensor) -> ModuleType:

@@ -62,6 +62,7 @@ def merge_attention_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys. See `kexue_kernels.merge_attention_states`."""
+    lse_a, lse_b = (x.masked_fill(x == torch.inf, -torch.inf) for x in (lse_a, lse_b))
     top = torch.maximum(lse_a, lse_b).detach()
     top = torch.where(top > -torch.inf, top, 0.0)
     weight_a, weight_b = (lse_a - top).exp(), (lse_b - top).exp()  # [B, H, T]

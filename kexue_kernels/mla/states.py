@@ -16,7 +16,7 @@ def merge_attention_states(
     Args:
         out_a, out_b: [B, T, H, dv], of one dtype.
         lse_a, lse_b: [B, H, T], natural logarithms, float32 (float64 beside float64); -inf where
-            a query saw no key.
+            a query saw no key, or +inf, as `flash_mla_with_kvcache` has it.
 
     Returns:
         out in out_a's dtype, and lse; 0 and -inf where neither saw a key.

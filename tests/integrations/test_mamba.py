@@ -372,7 +372,7 @@ def test_what_is_left_alone():
     assert "conv1d is a Identity" in report.skipped[1][1]
 
 
-def test_recorded_pasts_are_the_originals_matter():
+def test_recorded_pasts_are_the_originals_matter(notes):
     model, patched = twins("Mamba")
     ids = tokens(1, 6)
     with torch.no_grad():
@@ -385,6 +385,7 @@ def test_recorded_pasts_are_the_originals_matter():
     for mine, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
         assert mine.conv_states[0].shape[-1] == 6
         check_close(mine.conv_states[0], theirs.conv_states[0])
+    assert notes() == ["MambaMixer: left to Transformers' own code: the cache keeps its past"]
 
 
 def test_compiles():

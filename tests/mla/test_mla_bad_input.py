@@ -137,12 +137,24 @@ APPEND: list[tuple[Change, type[Exception], str]] = [
     ),
     ({"norm_weight": torch.ones(5)}, ValueError, r"norm_weight: expected shape \[dc\] = \[4\]"),
     ({"norm_eps": "x"}, TypeError, "norm_eps: expected a number"),
+    ({"norm_eps": float("nan")}, ValueError, "norm_eps: expected a finite number, got nan"),
+    ({"norm_eps": -1}, ValueError, "norm_eps: expected a number from 0 on, got -1"),
     ({"cos": torch.ones(3, 1)}, ValueError, "sin: expected a tensor beside cos, got None"),
     ({"sin": torch.ones(3, 1)}, ValueError, "cos: expected a tensor beside sin, got None"),
     (
         {"cos": torch.ones(3, 1), "sin": torch.ones(3, 3)},
         ValueError,
         r"sin: expected shape \[T, dr/2\]",
+    ),
+    (
+        {"cos": torch.ones(3, 1), "sin": torch.ones(3, 2)},
+        ValueError,
+        r"sin: expected shape \[T, width of cos\] = \[3, 1\], got \[3, 2\]",
+    ),
+    (
+        {"kv_cache": torch.zeros(1, 4, 6).expand(5, -1, -1)},
+        ValueError,
+        "kv_cache: expected memory of its own for each element",
     ),
     ({"rope_interleaved": 1}, TypeError, "rope_interleaved: expected a bool"),
 ]
@@ -203,6 +215,20 @@ def with_grad(make: Callable[..., dict[str, object]], name: str) -> dict[str, ob
     given = make()
     given[name] = given[name].requires_grad_()
     return given
+
+
+@pytest.mark.parametrize(
+    ("cache", "error", "words"),
+    [
+        ([1.0], TypeError, "k_cache: expected a torch.Tensor, got list"),
+        (torch.ones(5, 4, 1, 6).half(), ValueError, "k_cache: expected dtype float32, got float16"),
+        (torch.ones(5, 4, 1, 7), ValueError, r"k_cache: expected shape .* got \[5, 4, 1, 7\]"),
+    ],
+)
+def test_flash_mla_s_cache_has_its_name(cache: object, error: type[Exception], words: str) -> None:
+    tables = torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(error, match=words):
+        kk.flash_mla_with_kvcache(torch.ones(1, 1, 2, 6), cache, *tables, 4)
 
 
 @pytest.mark.parametrize("name", ["q", "kv_cache"])

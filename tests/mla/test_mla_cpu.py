@@ -1,7 +1,5 @@
 """mla_decode and mla_cache_append in C++: instruction sets, threads, tiles, strides."""
 
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,33 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kexue_kernels import _extension, reference
+from kexue_kernels import reference
+from tests import cpu
 from tests.mla.cases import CASES, HALVES, Case, Inputs, check, error, make, run
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
+cpu.extension()
 
 from kexue_kernels.mla import cpu_mla_cache_append, cpu_mla_decode  # noqa: E402
 
 DTYPES = (torch.float32, *HALVES)
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
-@pytest.fixture
-def keep_threads() -> Iterator[None]:
-    """For tests that set a number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def decode(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:

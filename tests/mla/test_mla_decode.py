@@ -153,6 +153,18 @@ def test_merging_with_nothing_and_its_gradient() -> None:
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
 
 
+def test_no_keys_may_be_plus_infinity_as_in_flash_mla() -> None:
+    g = torch.Generator().manual_seed(0)
+    out_a, out_b = (torch.randn(2, 3, 1, 4, generator=g) for _ in "ab")
+    lse_a, lse_b = (torch.randn(2, 1, 3, generator=g) for _ in "ab")
+    lse_a[0], lse_b[:, :, 1] = -torch.inf, -torch.inf
+    expected = kk.merge_attention_states(out_a, lse_a, out_b, lse_b)
+    plus = (x.masked_fill(x == -torch.inf, torch.inf).requires_grad_() for x in (lse_a, lse_b))
+    found = kk.merge_attention_states(out_a, next(plus), out_b, last := next(plus))
+    assert all(map(torch.equal, found, expected))
+    assert torch.autograd.grad(found[0].sum(), last)[0].isfinite().all()
+
+
 def test_flash_mla_conventions() -> None:
     case = Case((5, 0, 20))
     inputs = make(case)

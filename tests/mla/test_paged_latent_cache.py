@@ -103,6 +103,20 @@ def test_a_batch_of_forks_needs_one_page_less() -> None:
         (lambda c, s: c.append(s, torch.ones(2, 4), torch.ones(2, 2)), ValueError, "kv_latent"),
         (lambda c, s: c.append(s, torch.ones(2, 3).half(), torch.ones(2, 2)), ValueError, "dtype"),
         (lambda c, s: c.select([s, s]), ValueError, "seq_ids: expected each sequence once"),
+        (lambda c, s: c.reserve([s, s], 1), ValueError, "seq_ids: expected each sequence once"),
+        (lambda c, s: c.reserve([s], -1), ValueError, "tokens: expected at least 0, got -1"),
+        (lambda c, s: c.reserve([s], 1.5), TypeError, "tokens: expected an int, got float"),
+        (lambda c, s: c.select([s]).append(*some(1, 0.0)), ValueError, "kv_latent: .*B, T, dc"),
+        (
+            lambda c, s: c.select([s]).append(torch.ones(1, 2, 3), torch.ones(1, 1, 2)),
+            ValueError,
+            r"k_rope: expected shape \[B, T, dr\] = \[1, 2, 2\], got \[1, 1, 2\]",
+        ),
+        (
+            lambda c, s: kk.nn.PagedLatentCache(4, 4, 3, 2, dtype=torch.int32),
+            ValueError,
+            "dtype: expected a real floating dtype or float8_e4m3fn, got torch.int32",
+        ),
         (lambda c, s: kk.nn.PagedLatentCache(0, 4, 3, 2), ValueError, "num_blocks"),
         (lambda c, s: kk.nn.PagedLatentCache(4, 1.5, 3, 2), TypeError, "block_size"),
         (

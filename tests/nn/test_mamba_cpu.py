@@ -1,7 +1,6 @@
 """A Mamba mixer's operators on CPU: the step in one call, and the convolution."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,14 +20,6 @@ if _C is None:
 from kexue_kernels.scan import cpu_mamba  # noqa: E402
 
 HALVES_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
 
 
 @pytest.fixture

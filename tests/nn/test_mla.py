@@ -364,10 +364,10 @@ def test_autocast() -> None:
 def test_compiles_whole() -> None:
     layer = make(rope_scaling=YARN)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for T in (9, 14):  # the second time for any T
+    for T in (9, 14, 11):  # from the second time on for any T
         x = torch.randn(2, T, HIDDEN, requires_grad=True)
         inputs = [x, *layer.parameters()]
-        y, expected = compiled(x), layer(x)
+        y, expected = compiled(x, position_ids=torch.arange(T).expand(2, T)), layer(x)
         check_near(y, expected)
         for found, true in zip(gradients([y], inputs), gradients([expected], inputs), strict=True):
             check_near(found, true)
@@ -383,6 +383,9 @@ def test_built_on_the_meta_device_then_materialised() -> None:
         layer = layer.to_empty(device="cpu")
         layer.load_state_dict(expected.state_dict())
         assert torch.equal(layer(x), expected(x))
+    assigned = make(device="meta", rope_scaling=YARN)
+    assigned.load_state_dict(expected.state_dict(), assign=True)
+    assert torch.equal(assigned(x), expected(x))
 
 
 def test_inference_mode() -> None:

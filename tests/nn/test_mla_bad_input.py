@@ -33,6 +33,8 @@ BAD_OPTIONS = [
     ({"softmax_scale": float("inf")}, ValueError, "softmax_scale: expected a finite number"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number"),
     ({"norm_eps": None}, TypeError, "norm_eps: expected a number"),
+    ({"norm_eps": -1.0}, ValueError, "norm_eps: expected a number from 0 on"),
+    ({"rope_scaling": {**YARN, "mscale": float("nan")}}, ValueError, "mscale'.: .* finite"),
     ({"bias": 1}, TypeError, "bias: expected a bool"),
     ({"dtype": torch.int32}, ValueError, "dtype: expected a real"),
     ({"process_group": 3}, TypeError, "process_group: expected a ProcessGroup"),
@@ -90,6 +92,20 @@ def test_a_cache_is_for_inference() -> None:
         layer(X, batch)
     assert batch.cache_seqlens().tolist() == [0, 0]
     assert layer.requires_grad_(False)(X, batch).shape == X.shape
+
+
+def test_a_backend_that_can_not_serve_takes_no_room() -> None:
+    layer, batch = make(backend="cuda"), selected()
+    with torch.no_grad(), pytest.raises(kk.BackendUnavailableError, match="mla_cache_append"):
+        layer(X, batch)
+    assert batch.cache_seqlens().tolist() == [0, 0]
+    assert batch.cache.free_blocks == 4
+
+
+@pytest.mark.parametrize("config", [None, {}, torch.nn.Linear(2, 2)], ids=type)
+def test_other_configurations(config: object) -> None:
+    with pytest.raises(TypeError, match="config: expected a DeepseekV2Config or DeepseekV3Config"):
+        Layer.from_config(config)
 
 
 def test_a_checkpoint_of_other_sizes() -> None:

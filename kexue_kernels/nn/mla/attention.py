@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from kexue_kernels import autocast, checks, dispatch
 from kexue_kernels.mla import fp8, mla_attention, mla_cache_append, mla_decode
 from kexue_kernels.mla.arguments import for_inference
+from kexue_kernels.mla.arguments import norm_eps as check_norm_eps
 from kexue_kernels.mla.rotary import rotated
 from kexue_kernels.nn import arguments
 from kexue_kernels.nn.mla import parallel
@@ -128,7 +129,7 @@ class MultiheadLatentAttention(nn.Module):
             arguments.size("q_lora_rank", q_lora_rank)
         checks.boolean("rope_interleaved", rope_interleaved)
         checks.boolean("bias", bias)
-        arguments.number("norm_eps", norm_eps)
+        check_norm_eps(norm_eps)
         arguments.parameter_dtype(dtype)
         rank, world = parallel.ranks(process_group, num_heads)
         self.hidden_size, self.num_heads = hidden_size, num_heads
@@ -233,9 +234,8 @@ class MultiheadLatentAttention(nn.Module):
         if isinstance(cache, DecodeStep):  # lengths are unknown on the host: expands nothing
             step, expand = cache.tensors, False
         else:
-            past = max(map(cache.cache.length, cache.seq_ids), default=0)
+            past, step = Step.take(cache, T, self.backend)
             expand = expanding_is_cheaper(T, past, **self._head_sizes())
-            step = Step.take(cache, T)
         if position_ids is None:
             position_ids = step.cache_seqlens[:, None] + torch.arange(-T, 0, device=x.device)
         angles = self._angles(position_ids.expand(B, T))
@@ -382,7 +382,8 @@ def _check_positions(position_ids: Tensor | None, x: Tensor) -> None:
     checks.tensor("position_ids", position_ids)
     checks.dtype("position_ids", position_ids, checks.INDEX)
     checks.device("position_ids", position_ids, x.device, "x")
-    if position_ids.shape not in ((T,), (1, T), (B, T)):
+    *rows, tokens = position_ids.shape or (0,)
+    if position_ids.ndim not in (1, 2) or tokens != T or any(n not in (1, B) for n in rows):
         raise ValueError(
             f"position_ids: expected shape [T] = {[T]} or [B, T] = {[B, T]}, "
             f"got {list(position_ids.shape)}"

@@ -61,6 +61,7 @@ class PagedLatentCache(nn.Module):
             options.integer(name, value, smallest)
         self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
         self.block_size = block_size
+        _check_dtype(dtype)
         width = kv_lora_rank + qk_rope_head_dim
         if dtype in fp8.DTYPES:
             width = fp8.checked_row_bytes("dtype", kv_lora_rank, qk_rope_head_dim)
@@ -83,7 +84,8 @@ class PagedLatentCache(nn.Module):
 
         Raises CacheFullError, and changes nothing, where the free pages are too few.
         """
-        self.write(self.reserve([seq_id], self._tokens(kv_latent, k_rope)), kv_latent, k_rope)
+        self._check_rows((), kv_latent, k_rope)
+        self.write(self.reserve([seq_id], kv_latent.shape[0]), kv_latent, k_rope)
 
     def fork(self, seq_id: int) -> int:
         """A new sequence with the same tokens, on the same pages until either one writes."""
@@ -128,8 +130,7 @@ class PagedLatentCache(nn.Module):
         seq_ids = list(seq_ids)
         for seq_id in seq_ids:
             self._of(seq_id)
-        if len(set(seq_ids)) < len(seq_ids):
-            raise ValueError(f"seq_ids: expected each sequence once, got {seq_ids}")
+        _check_distinct(seq_ids)
         return SelectedSequences(self, seq_ids)
 
     def reserve(self, seq_ids: Sequence[int], tokens: int) -> Tensor:
@@ -138,6 +139,8 @@ class PagedLatentCache(nn.Module):
         Their lengths grow at once. Raises CacheFullError, and changes nothing, where the free
         pages are too few.
         """
+        options.integer("tokens", tokens, 0)
+        _check_distinct(seq_ids)
         needed = self._pages_needed([self._of(seq_id) for seq_id in seq_ids], tokens)
         if needed > len(self._free):
             raise CacheFullError(
@@ -158,20 +161,20 @@ class PagedLatentCache(nn.Module):
         num_blocks, block_size, width = self.kv_cache.shape
         return f"{num_blocks} pages of {block_size} tokens, {width} wide, {self.free_blocks} free"
 
-    def _tokens(self, kv_latent: Tensor, k_rope: Tensor) -> int:
-        """T, after checking both: nothing is reserved for what can't be written."""
+    def _check_rows(self, batch: tuple[int, ...], kv_latent: Tensor, k_rope: Tensor) -> None:
+        """kv_latent [*batch, T, dc] and k_rope [*batch, T, dr]; B is the only axis of a batch."""
         checks.tensor("kv_latent", kv_latent)
         checks.tensor("k_rope", k_rope)
-        checks.ndim("kv_latent", kv_latent, 2, "[T, dc]")
-        T = kv_latent.shape[0]
-        for name, value, width, axes in (
-            ("kv_latent", kv_latent, self.kv_lora_rank, "[T, dc]"),
-            ("k_rope", k_rope, self.qk_rope_head_dim, "[T, dr]"),
+        axes = "[B, T, d" if batch else "[T, d"
+        checks.ndim("kv_latent", kv_latent, len(batch) + 2, f"{axes}c]")
+        rows = *batch, kv_latent.shape[-2]
+        for name, value, width, last in (
+            ("kv_latent", kv_latent, self.kv_lora_rank, "c]"),
+            ("k_rope", k_rope, self.qk_rope_head_dim, "r]"),
         ):
             checks.dtype(name, value, (fp8.dtype_of(self.kv_cache),))
-            checks.shape(name, value, (T, width), axes)
+            checks.shape(name, value, (*rows, width), axes + last)
             checks.device(name, value, self.kv_cache.device, "the cache")
-        return T
 
     def _of(self, seq_id: int) -> _Held:
         if not isinstance(seq_id, int) or isinstance(seq_id, bool):
@@ -239,6 +242,22 @@ class SelectedSequences:
         return self.cache.cache_seqlens(self.seq_ids)
 
     def append(self, kv_latent: Tensor, k_rope: Tensor) -> None:
-        """T tokens to each: kv_latent [B, T, dc] and k_rope [B, T, dr]."""
+        """T tokens to each: kv_latent [B, T, dc] and k_rope [B, T, dr].
+
+        Raises CacheFullError, and changes nothing, where the free pages are too few.
+        """
+        self.cache._check_rows((len(self.seq_ids),), kv_latent, k_rope)
         slots = self.cache.reserve(self.seq_ids, kv_latent.shape[1])
         self.cache.write(slots, kv_latent.flatten(0, 1), k_rope.flatten(0, 1))
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in (*checks.REAL, *fp8.DTYPES):
+        raise ValueError(f"dtype: expected a real floating dtype or float8_e4m3fn, got {dtype}")
+
+
+def _check_distinct(seq_ids: Sequence[int]) -> None:
+    if len(set(seq_ids)) < len(seq_ids):
+        raise ValueError(f"seq_ids: expected each sequence once, got {seq_ids}")

@@ -5,6 +5,9 @@ from typing import Any
 
 def options_of(config: Any) -> dict[str, Any]:
     """What `MultiheadLatentAttention` takes, of a DeepseekV2Config or DeepseekV3Config."""
+    if not hasattr(config, "kv_lora_rank"):
+        kind = type(config).__name__
+        raise TypeError(f"config: expected a DeepseekV2Config or DeepseekV3Config, got {kind}")
     if getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"config: expected attention_dropout 0, got {config.attention_dropout}")
     ranks = "hidden_size", "q_lora_rank", "kv_lora_rank"

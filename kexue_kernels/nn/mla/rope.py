@@ -165,6 +165,9 @@ class RotaryAngles(nn.Module):
         return angles.cos() * amplitude, angles.sin() * amplitude
 
     def _frequencies(self, positions: Tensor) -> Tensor:
+        if self.frequencies.is_meta and not positions.is_meta:  # a state was assigned to the layer
+            own = frequencies(self.dim, self.theta, self.scaling)
+            self.frequencies = own.to(positions.device)
         if self.scaling.rope_type != "dynamic" or positions.shape[-1] == 0:
             return self.frequencies
         original, factor = self.scaling.original_max_position_embeddings, self.scaling.factor
@@ -193,10 +196,10 @@ def _check(name: str, value: object) -> None:
     if name == "truncate":
         checks.boolean(label, value)
         return
-    arguments.number(label, value)
-    if name == "factor" and not 1 <= value < math.inf:  # type: ignore[operator]
+    arguments.finite(label, value)
+    if name == "factor" and value < 1:  # type: ignore[operator]
         raise ValueError(f"{label}: expected a number from 1 on, got {value}")
-    if name in POSITIVE and not 0 < value < math.inf:  # type: ignore[operator]
+    if name in POSITIVE and value <= 0:  # type: ignore[operator]
         raise ValueError(f"{label}: expected a positive number, got {value}")
 
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kexue_kernels.mla import operators
 from kexue_kernels.nn import arguments
 from kexue_kernels.nn.mla.cache import PagedLatentCache, SelectedSequences
 
@@ -17,11 +18,20 @@ class Step(NamedTuple):
     cache_seqlens: Tensor  # int32 [B], the new tokens counted
 
     @classmethod
-    def take(cls, sequences: SelectedSequences, tokens: int) -> "Step":
-        """Room for them; CacheFullError, and nothing changed, where there is none."""
-        slots = sequences.cache.reserve(sequences.seq_ids, tokens)
+    def take(
+        cls, sequences: SelectedSequences, tokens: int, backend: str = "auto"
+    ) -> tuple[int, "Step"]:
+        """The longest past, and room for the tokens.
+
+        CacheFullError where there is none, BackendUnavailableError where `backend` could not
+        write to it or read it; then nothing changes.
+        """
+        cache = sequences.cache
+        past = max(map(cache.length, sequences.seq_ids), default=0)
+        operators.check_backend(backend, cache.kv_cache)
+        slots = cache.reserve(sequences.seq_ids, tokens)
         tables = sequences.block_table(), sequences.cache_seqlens()
-        return cls(sequences.cache.kv_cache, slots, *tables)
+        return past, cls(cache.kv_cache, slots, *tables)
 
 
 class DecodeStep:
@@ -82,7 +92,7 @@ class DecodeStep:
                 f"max_blocks: expected pages for {longest} tokens, got {width} of "
                 f"{self.cache.block_size}"
             )
-        _, slots, table, seqlens = Step.take(self.sequences, self.tokens)
+        _, (_, slots, table, seqlens) = Step.take(self.sequences, self.tokens)
         self.tensors.slots.copy_(slots, non_blocking=True)
         self.tensors.block_table[:, : table.shape[1]].copy_(table, non_blocking=True)
         self.tensors.cache_seqlens.copy_(seqlens, non_blocking=True)

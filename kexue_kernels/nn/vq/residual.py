@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kexue_kernels.checks import state_dtype
 from kexue_kernels.nn import arguments
+from kexue_kernels.nn.vq.indices import check as check_indices
 from kexue_kernels.nn.vq.vector_quantizer import VectorQuantizer
 from kexue_kernels.vq.reference import Replace, estimate
 
@@ -62,10 +63,12 @@ class ResidualVQ(nn.Module):
         return torch.where(valid, quantized, torch.nan)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """[..., dim] of indices as `forward` gives them; NaN where one is -1."""
-        if indices.shape[-1:] != (len(self.layers),):
-            raise ValueError(
-                f"indices: expected shape [..., {len(self.layers)}], got {list(indices.shape)}"
-            )
+        """[..., dim] of indices as `forward` gives them; NaN where one is -1.
+
+        Any other index that is no code's raises on CPU.
+        """
+        first = self.layers[0]
+        assert isinstance(first, VectorQuantizer)
+        check_indices(indices, first.codebook_size, (len(self.layers),))
         parts = [layer.decode(indices[..., i]) for i, layer in enumerate(self.layers)]  # type: ignore[operator]
         return torch.stack(parts).sum(0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kexue_kernels import checks
 from kexue_kernels.nn import arguments
+from kexue_kernels.nn.vq.indices import check as check_indices
 from kexue_kernels.vq.scalar import checked_levels, fsq
 
 __all__ = ["FSQ"]
@@ -65,9 +66,11 @@ class FSQ(nn.Module):
         return self.project_out(quantized), indices, loss
 
     def decode(self, indices: Tensor) -> Tensor:
-        """[..., dim] of indices [...] in 0 .. codebook_size - 1; NaN where one is negative."""
-        checks.tensor("indices", indices)
-        checks.dtype("indices", indices, checks.INDEX)
+        """[..., dim] of indices [...]; NaN where one is -1.
+
+        Any other index outside 0 .. codebook_size - 1 raises on CPU.
+        """
+        check_indices(indices, self.codebook_size)
         L = torch.tensor(self.levels, device=indices.device)
         basis = torch.cat([L.new_ones(1), L[:-1].cumprod(0)])
         places = indices.long()[..., None] // basis % L

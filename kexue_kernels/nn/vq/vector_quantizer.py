@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kexue_kernels import checks, dispatch
 from kexue_kernels.nn import arguments
 from kexue_kernels.nn.vq import upkeep
+from kexue_kernels.nn.vq.indices import check as check_indices
 from kexue_kernels.vq import vector_quantize
 from kexue_kernels.vq.arguments import GRADIENTS, METRICS, PRECISIONS
 from kexue_kernels.vq.reference import codes_at
@@ -105,6 +106,8 @@ class VectorQuantizer(nn.Module):
         flags = {"simvq": simvq, "share_codebook": share_codebook, "kmeans_init": kmeans_init}
         for name, flag in flags.items():
             checks.boolean(name, flag)
+        if sync is not None:
+            checks.boolean("sync", sync)
         _check_numbers(commitment_weight, codebook_weight, dead_code_threshold, eps, ema_decay)
         if simvq and (ema_decay is not None or dead_code_threshold > 0 or kmeans_init):
             raise ValueError(
@@ -204,13 +207,11 @@ class VectorQuantizer(nn.Module):
         return self._merged(quantized, x), self._merged_indices(indices, x), loss
 
     def decode(self, indices: Tensor) -> Tensor:
-        """[..., dim] of indices [...], with heads [..., heads]; NaN where an index is -1."""
-        checks.tensor("indices", indices)
-        checks.dtype("indices", indices, checks.INDEX)
-        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
-            raise ValueError(
-                f"indices: expected shape [..., {self.heads}], got {list(indices.shape)}"
-            )
+        """[..., dim] of indices [...], with heads [..., heads]; NaN where an index is -1.
+
+        Any other index that is no code's raises on CPU.
+        """
+        check_indices(indices, self.codebook_size, (self.heads,) if self.heads > 1 else ())
         by_head = indices if self._groups == 1 else indices.movedim(-1, 0)
         found = codes_at(self.codebook, by_head.clamp(min=0))
         found = torch.where((by_head >= 0)[..., None], found, torch.nan)
