@@ -12,29 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kexue_kernels.scan.chunks import SelectiveGradients, chunk_length
+from kexue_kernels.scan.chunks import SelectiveGradients, SelectiveInputs, chunk_length
 
 Marks = list[tuple[Tensor, Tensor]]  # for each step of a chunk: (chunks, sequences)
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     out: Tensor,
     final_state: Tensor | None,
     checkpoints: Tensor | None,
 ) -> None:
-    run = _Recurrence(u, delta, A, B, C, delta_bias, cu_seqlens, delta_softplus)
-    initial = run.by_sequence(initial_state)
+    run = _Recurrence(inputs)
+    initial = run.by_sequence(inputs.initial_state)
     final = initial.clone()
     state = run.entering(initial)
     if checkpoints is not None:
@@ -50,28 +40,19 @@ def forward(
     if final_state is not None:
         final_state.copy_(final.view_as(final_state))
     y = run.joined(y)
-    if D is not None:
-        y = y + D * u
-    out.copy_(y if z is None else y * functional.silu(z.to(y.dtype)))
+    if inputs.D is not None:
+        y = y + inputs.D * inputs.u
+    out.copy_(y if inputs.z is None else y * functional.silu(inputs.z.to(y.dtype)))
 
 
 def backward(
     grad_out: Tensor,
     grad_final: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     checkpoints: Tensor,
 ) -> SelectiveGradients:
-    run = _Recurrence(u, delta, A, B, C, delta_bias, cu_seqlens, delta_softplus)
+    run = _Recurrence(inputs)
+    u, delta, _, B, C, D, z, delta_bias, initial_state, _, delta_softplus = inputs
     reaches = grad_out.to(run.dt.dtype)
     if z is not None:
         gate = torch.sigmoid(z.to(reaches.dtype))
@@ -105,17 +86,8 @@ def backward(
 class _Recurrence:
     """What states are made of, cut into chunks, and where sequences begin and end in them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        delta_bias: Tensor | None,
-        cu_seqlens: Tensor | None,
-        delta_softplus: bool,
-    ) -> None:
+    def __init__(self, inputs: SelectiveInputs) -> None:
+        u, delta, A, B, C, _, _, delta_bias, _, cu_seqlens, delta_softplus = inputs
         self.batch, self.L, self.d = u.shape
         self.K = chunk_length(A.shape[1])
         self.chunks = -(-self.L // self.K)

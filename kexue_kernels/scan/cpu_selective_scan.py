@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kexue_kernels import _extension
-from kexue_kernels.scan.chunks import SelectiveGradients, chunk_length
+from kexue_kernels.scan.chunks import SelectiveGradients, SelectiveInputs, chunk_length
 
 _C: Any = _extension.load().module  # the operator asks whether there is one
 
@@ -15,24 +15,14 @@ _NONE = (0, 0, 0, 0)
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     out: Tensor,
     final_state: Tensor | None,
     checkpoints: Tensor | None,
 ) -> None:
     _C.selective_scan_forward(
         torch.get_num_threads(),
-        _inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus),
+        _given(inputs),
         out.data_ptr(),
         _address(final_state),
         _address(checkpoints),
@@ -42,26 +32,16 @@ def forward(
 def backward(
     grad_out: Tensor,
     grad_final: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     checkpoints: Tensor,
 ) -> SelectiveGradients:
     grads = SelectiveGradients(
-        *(_room(x) for x in (u, delta, A, B, C)),
-        *(None if x is None else _room(x) for x in (D, z, delta_bias, initial_state)),
+        *(_room(x) for x in inputs[:5]),
+        *(None if x is None else _room(x) for x in inputs[5:9]),
     )
     _C.selective_scan_backward(
         torch.get_num_threads(),
-        _inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus),
+        _given(inputs),
         _array(grad_out),
         _address(grad_final),
         checkpoints.data_ptr(),
@@ -74,20 +54,9 @@ def _room(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _inputs(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Any, ...]:
+def _given(inputs: SelectiveInputs) -> tuple[Any, ...]:
     """As inputs_of in csrc/scan/selective_scan_bindings.cpp takes them apart."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus = inputs
     batch, L, d = u.shape
     n = A.shape[1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kexue_kernels.scan.chunks import SelectiveGradients, chunk_length
+from kexue_kernels.scan.chunks import SelectiveGradients, SelectiveInputs, chunk_length
 from kexue_kernels.scan.cuda_linear_scan import DTYPES, _address, _array, _module, _stream
 
 WARPS_PER_PROCESSOR = 8  # that the kernels are meant to run with
@@ -19,23 +19,13 @@ SHORTEST_SPLIT = 128  # steps
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     out: Tensor,
     final_state: Tensor | None,
     checkpoints: Tensor | None,
 ) -> None:
-    given = u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
-    call = _prepare(*given, backward=False)
+    u, A = inputs.u, inputs.A
+    call = _prepare(inputs, backward=False)
     sums = _sums(u, 1) if A.shape[1] > call.launch_states else None
     entering = time = None
     if call.cut.split < u.shape[1]:
@@ -47,7 +37,7 @@ def forward(
         if entering is not None:
             local = {"local": entering.data_ptr(), "time": _address(time), "stream": stream}
             _module().selective_scan_cuda_forward(**options, **nothing | local)
-            _chain(call, A, initial_state, entering, time, False, stream)
+            _chain(call, A, inputs.initial_state, entering, time, False, stream)
         outputs = {
             "out": out.data_ptr(),
             "sums": _address(sums),
@@ -62,21 +52,11 @@ def forward(
 def backward(
     grad_out: Tensor,
     grad_final: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     checkpoints: Tensor,
 ) -> SelectiveGradients:
-    given = u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
-    call = _prepare(*given, backward=True)
+    u, _, A, B, C, D, z, delta_bias, initial_state, *_ = inputs
+    call = _prepare(inputs, backward=True)
     d, n = A.shape
     rows = call.cut.rows
     grads = {name: u.new_empty(u.shape) for name in ("u", "delta")}
@@ -174,20 +154,8 @@ class _Call(NamedTuple):
     cu_seqlens: Tensor | None  # kept for as long as `given` has its address
 
 
-def _prepare(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
-    backward: bool,
-) -> _Call:
+def _prepare(inputs: SelectiveInputs, backward: bool) -> _Call:
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus = inputs
     batch, L, d = u.shape
     n = A.shape[1]
     sequences = batch

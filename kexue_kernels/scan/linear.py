@@ -1,6 +1,5 @@
 """linear_scan: h_t = a_t h_{t-1} + b_t."""
 
-import torch
 from torch import Tensor
 
 from kexue_kernels import autocast, checks, dispatch
@@ -42,7 +41,8 @@ def linear_scan(
 
     Differentiable in `a`, `b` and `initial_state`, from both outputs, any number of times.
     The same inputs give bitwise the same results on the same device (on CPU also with the
-    same number of threads). Under autocast, `a` and `b` of different dtypes are promoted.
+    same number of threads). Under autocast, `a` and `b` of different dtypes are promoted
+    and a half-precision state is taken as float32.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -54,9 +54,9 @@ def linear_scan(
     """
     checks.tensor("a", a)
     checks.tensor("b", b)
-    if a.dtype != b.dtype and autocast.enabled(b.device.type):
-        common = torch.promote_types(a.dtype, b.dtype)
-        a, b = a.to(common), b.to(common)
+    if autocast.enabled(b.device.type):
+        a, b = autocast.promoted(a, b)
+        (initial_state,) = autocast.widened(initial_state)
     _check_linear_scan(a, b, initial_state, reverse, cu_seqlens, return_final_state)
     backend = dispatch.resolve(backend)
     if served_by_reference("linear_scan", b, backend):

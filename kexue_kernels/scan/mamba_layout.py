@@ -71,8 +71,7 @@ def _check_steps(name: str, value: Tensor, u: Tensor, A: Tensor) -> None:
         raise ValueError(
             f"{name}: expected a last axis of {kind} = {steps}, got {list(value.shape)}"
         )
-    if value.is_complex():
-        raise ValueError(f"{name}: expected a real dtype (interleaved), got {value.dtype}")
+    checks.dtype(name, value, checks.REAL)  # where A is complex, interleaved
 
 
 def _channels_last(matrix: Tensor, A: Tensor) -> Tensor:

@@ -158,6 +158,8 @@ def _grad_backward(
 
 
 def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    if info.batch_size == 0:
+        return registry.one_by_one(linear_scan.overload)(info, in_dims, *args)
     a, b, initial_state, cu_seqlens, *options = args
     fold = fold_of(info.batch_size, cu_seqlens, in_dims[3])
     B, _, D = logical_shape(b, in_dims[1])
@@ -172,6 +174,8 @@ def _forward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tup
 
 
 def _backward_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    if info.batch_size == 0:
+        return registry.one_by_one(linear_scan_backward.overload)(info, in_dims, *args)
     a, *data, cu_seqlens, reverse, backend = args
     fold = fold_of(info.batch_size, cu_seqlens, in_dims[5])
     B, _, D = logical_shape(data[2], in_dims[3])

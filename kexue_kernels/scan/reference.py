@@ -186,7 +186,8 @@ def selective_state_update(
     dt_ = dt_ if dt_bias_ is None else dt_ + dt_bias_
     dt_ = (F.softplus(dt_) if dt_softplus else dt_)[..., None]  # [batch, (H,) P, 1]
     B_, C_ = (_of_heads(m, x) for m in (B_, C_))
-    before = state[kept.clamp(min=0)].to(dtype)  # [batch, (H,) P, n]
+    before = state.new_zeros((x.shape[0], *state.shape[1:]), dtype=dtype)  # [batch, (H,) P, n]
+    before[valid] = state[kept[valid]].to(dtype)
     after = before * torch.exp(dt_ * A.to(dtype)) + dt_ * B_ * x_[..., None]
     state[kept[valid]] = after[valid].to(state.dtype)
     y = (after * C_).sum(-1)

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kexue_kernels import autocast, checks, dispatch, launchers
@@ -73,12 +74,13 @@ def selective_scan(
     """
     _check_kinds(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     if autocast.enabled(u.device.type):
-        u, delta, z, B, C = _promoted(u, delta, z, B, C)
+        u, delta, z, B, C = autocast.promoted(u, delta, z, B, C)
+        D, delta_bias, initial_state = autocast.widened(D, delta_bias, initial_state)
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     checks.boolean("delta_softplus", delta_softplus)
     checks.boolean("return_final_state", return_final_state)
     backend = dispatch.resolve(backend)
-    if _served_by_reference(u, A, backend):
+    if launchers.served_by_reference("selective_scan", u, backend):
         return reference.selective_scan(
             u,
             delta,
@@ -93,12 +95,16 @@ def selective_scan(
             return_final_state=return_final_state,
             cu_seqlens=cu_seqlens,
         )
+    n = A.shape[1]
+    if n == 0:  # as one state that stays 0
+        A, B, C = (F.pad(x, (0, 1)) for x in (A, B, C))
+        initial_state = None if initial_state is None else F.pad(initial_state, (0, 1))
     inputs = u, delta, A, B, C, D, z, delta_bias, initial_state
     keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, final_state, _ = selective_operators.selective_scan(
         *inputs, cu_seqlens, delta_softplus, return_final_state, keep_states, backend
     )
-    return (out, final_state) if return_final_state else out
+    return (out, final_state[..., :n]) if return_final_state else out
 
 
 def selective_scan_fn(
@@ -144,36 +150,6 @@ def _check_kinds(**inputs: object) -> None:
     for name, value in inputs.items():
         if value is not None or name not in optional:
             checks.tensor(name, value)
-
-
-def _promoted(
-    u: Tensor, delta: Tensor, z: Tensor | None, B: Tensor, C: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """The data arguments in one dtype, as autocast leaves them in several."""
-    data = [x for x in (u, delta, z, B, C) if x is not None and not x.is_complex()]
-    common = data[0].dtype
-    for x in data[1:]:
-        common = torch.promote_types(common, x.dtype)
-    u, delta = u.to(common), delta.to(common)
-    z = None if z is None else z.to(common)
-    B, C = (x if x.is_complex() else x.to(common) for x in (B, C))
-    return u, delta, z, B, C
-
-
-def _served_by_reference(u: Tensor, A: Tensor, backend: str) -> bool:
-    """Doubles and what is empty go to the reference, which autograd follows at every order."""
-    if backend == "reference":
-        return True
-    if backend == "auto" and u.dtype in checks.DOUBLE:
-        if not torch.compiler.is_compiling():
-            dispatch.note_once(f"selective_scan: {u.dtype} is served by the reference alone")
-        return True
-    if u.numel() == 0 or A.shape[1] == 0:
-        launchers.launcher(
-            "scan", "selective_scan", backend, u.device, u.dtype
-        )  # raises if it can't serve
-        return True
-    return False
 
 
 def _check(

@@ -16,7 +16,8 @@ from torch import Tensor
 from kexue_kernels import registry
 from kexue_kernels.checks import state_dtype
 from kexue_kernels.launchers import launcher_of
-from kexue_kernels.scan.chunks import chunk_length
+from kexue_kernels.scan import reference
+from kexue_kernels.scan.chunks import SelectiveInputs, chunk_length
 from kexue_kernels.scan.operators import as_state, bounds, plain, sequences
 
 
@@ -111,12 +112,16 @@ def selective_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [batch, L, d]; the last state, and states for the backward, where asked for."""
-    inputs = _normal(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    options: Any = delta_softplus, return_final_state, keep_states, backend
-    out, final_state, checkpoints = _outputs(*inputs, *options)
-    launcher_of("scan", "selective_scan", backend, u).forward(
-        *inputs,
-        delta_softplus,
+    inputs = _normal(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus)
+    out, final_state, checkpoints = _outputs(*inputs, return_final_state, keep_states, backend)
+    launcher = launcher_of("scan", "selective_scan", backend, u)
+    if u.numel() == 0:  # no step is taken
+        first = inputs.initial_state
+        if return_final_state:
+            final_state = final_state.zero_() if first is None else first.clone()
+        return out, final_state, checkpoints
+    launcher.forward(
+        inputs,
         out,
         final_state if return_final_state else None,
         checkpoints if keep_states else None,
@@ -135,10 +140,11 @@ def _normal(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Any, ...]:
+    delta_softplus: bool,
+) -> SelectiveInputs:
     """The inputs as launchers want them."""
     state = state_dtype(A.dtype)
-    return (
+    return SelectiveInputs(
         plain(u),
         plain(delta),
         _contiguous(A, state),
@@ -149,6 +155,7 @@ def _normal(
         None if delta_bias is None else _contiguous(delta_bias, torch.float32),
         as_state(initial_state, state),
         bounds(cu_seqlens, u.shape[1]),
+        delta_softplus,
     )
 
 
@@ -199,12 +206,18 @@ def selective_scan_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of u to initial_state, each in its input's shape and dtype."""
     given = u, delta, A, B, C, D, z, delta_bias, initial_state
-    inputs = _normal(*given, cu_seqlens)
-    grads = launcher_of("scan", "selective_scan", backend, u).backward(
+    inputs = _normal(*given, cu_seqlens, delta_softplus)
+    grad_final = as_state(grad_final, state_dtype(A.dtype))
+    launcher = launcher_of("scan", "selective_scan", backend, u)
+    if u.numel() == 0:  # the initial state went straight to the final one
+        *grads, grad_initial = (torch.zeros_like(u if x is None else x) for x in given)
+        if initial_state is not None and grad_final is not None:
+            grad_initial = grad_final.to(initial_state.dtype, copy=True)
+        return *grads, grad_initial
+    grads = launcher.backward(
         plain(grad_out),
-        as_state(grad_final, state_dtype(A.dtype)),
-        *inputs,
-        delta_softplus,
+        grad_final,
+        inputs,
         checkpoints.contiguous(),
     )
     return tuple(
@@ -245,10 +258,17 @@ def selective_state_update(
     if state_batch_indices is not None:
         check_in_range(state_batch_indices, state)
         state_batch_indices = state_batch_indices.to(torch.int64).contiguous()
+    launcher = launcher_of("scan", "selective_state_update", backend, x)
+    if x.numel() == 0 or state.numel() == 0:
+        return reference.selective_state_update(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
+        )
+    own = plain(state)
+    inputs = (None if m is None else plain(m) for m in (x, dt, A, B, C, D, z, dt_bias))
     out = x.new_empty(x.shape)
-    launcher_of("scan", "selective_state_update", backend, x).update(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, out
-    )
+    launcher.update(own, *inputs, dt_softplus, state_batch_indices, out)
+    if own is not state:
+        state.copy_(own)
     torch.autograd.graph.increment_version(state)
     return out
 

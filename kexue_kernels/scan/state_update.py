@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kexue_kernels import checks, dispatch, launchers
+from kexue_kernels import checks, dispatch
 from kexue_kernels.scan import reference, selective_operators
 
 _NAMES = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
@@ -65,9 +64,10 @@ def selective_state_update(
     inputs = state, x, dt, A, B, C, D, z, dt_bias
     _check_kinds(*inputs)
     _check_shapes(*inputs)
+    checks.written("state", state)
     checks.boolean("dt_softplus", dt_softplus)
     _check_indices(state_batch_indices, state, x)
-    if torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in inputs):
+    if checks.recorded(*inputs):
         raise RuntimeError(
             "selective_state_update is for inference, but an input requires grad: call it under "
             "torch.no_grad(), or detach its inputs"
@@ -84,17 +84,8 @@ def selective_state_update(
 
 
 def _served_by_reference(state: Tensor, x: Tensor, backend: str) -> bool:
-    if backend == "reference":
-        return True
-    wide = checks.DOUBLE
-    if backend == "auto" and (x.dtype in wide or state.dtype in wide):
-        return True
-    if x.numel() == 0 or state.numel() == 0:
-        launchers.launcher(
-            "scan", "selective_state_update", backend, x.device, x.dtype
-        )  # may raise
-        return True
-    return False
+    is_wide = x.dtype in checks.DOUBLE or state.dtype in checks.DOUBLE
+    return backend == "reference" or (backend == "auto" and is_wide and not x.is_meta)
 
 
 def _with_heads(

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from kexue_kernels import dispatch
-from kexue_kernels.scan.chunks import SelectiveGradients, chunk_length
+from kexue_kernels.scan.chunks import SelectiveGradients, SelectiveInputs, chunk_length
 from kexue_kernels.scan.triton_selective_scan_backward_kernel import (
     selective_scan_backward_kernel,
 )
@@ -90,21 +90,12 @@ def configure_interpreted(
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     out: Tensor,
     final_state: Tensor | None,
     checkpoints: Tensor | None,
 ) -> None:
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus = inputs
     call = Call(u, A, B, C, cu_seqlens)
     if cu_seqlens is not None and final_state is not None:
         _of_empty_sequences(final_state, initial_state)
@@ -146,19 +137,10 @@ def forward(
 def backward(
     grad_out: Tensor,
     grad_final: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    delta_softplus: bool,
+    inputs: SelectiveInputs,
     checkpoints: Tensor,
 ) -> SelectiveGradients:
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus = inputs
     call = Call(u, A, B, C, cu_seqlens)
     batch, L, d = u.shape
     n, splits = call.n, call.splits

@@ -17,9 +17,8 @@ def rows_and_codes(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """x and codebook, after checking them; in one dtype where autocast left them in two."""
     checks.tensor("x", x)
     checks.tensor("codebook", codebook)
-    if x.dtype != codebook.dtype and autocast.enabled(x.device.type):
-        common = torch.promote_types(x.dtype, codebook.dtype)
-        x, codebook = x.to(common), codebook.to(common)
+    if autocast.enabled(x.device.type):
+        x, codebook = autocast.promoted(x, codebook)
     checks.dtype("x", x, checks.REAL)
     checks.dtype("codebook", codebook, (x.dtype,))
     checks.device("codebook", codebook, x.device, "x")

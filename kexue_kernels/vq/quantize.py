@@ -72,7 +72,7 @@ def vector_quantize(
     quantized, commitment_loss, codebook_loss = operators.vector_quantize(
         rows.reshape(indices.numel(), d),
         codebook.reshape(math.prod(codebook.shape[:-1]), d),
-        _in_all_heads(indices, codebook).reshape(-1),
+        _in_all_heads(indices, codebook).reshape(indices.numel()),
         gradient,
         backend,
     )

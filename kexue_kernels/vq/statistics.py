@@ -146,7 +146,11 @@ def _step(
     launcher: ModuleType = blocked_ema_update  # a backend may have sums alone
     if backend == "auto" or launchers.implements("vq", "ema_update", backend):
         launcher = launchers.launcher_of("vq", "ema_update", backend, codebook)
-    launcher.step(*running, counts, sums, decay, eps)
+    own = tuple(map(operators.plain, running))
+    launcher.step(*own, counts, sums, decay, eps)
+    for given, updated in zip(running, own, strict=True):
+        if updated is not given:
+            given.copy_(updated)
     torch.autograd.graph.increment_version(running)
 
 
@@ -156,6 +160,7 @@ def _check_running(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor) ->
     checks.ndim("codebook", codebook, 2, "[K, d]")
     if codebook.shape[0] < 1:
         raise ValueError(f"codebook: expected at least one code, got {list(codebook.shape)}")
+    checks.written("codebook", codebook)
     running = (
         ("cluster_size", cluster_size, codebook.shape[:1], "[K]"),
         ("embed_sum", embed_sum, codebook.shape, "[K, d]"),
@@ -165,3 +170,4 @@ def _check_running(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor) ->
         checks.dtype(name, value, (checks.state_dtype(codebook.dtype),))
         checks.shape(name, value, tuple(shape), axes)
         checks.device(name, value, codebook.device, "codebook")
+        checks.written(name, value)

@@ -17,6 +17,7 @@ BAD = [
     ((None, x), {}, TypeError, "a: expected a torch.Tensor, got NoneType"),
     ((x, [1.0]), {}, TypeError, "b: expected a torch.Tensor, got list"),
     ((x.to_sparse(), x), {}, TypeError, "a: expected a dense tensor"),
+    ((torch.nested.nested_tensor([x[0]]), x), {}, TypeError, "a: .* dense tensor, got a nested"),
     ((x[0], x[0]), {}, ValueError, r"b: expected shape \[B, L, D\], got \[4, 3\]"),
     ((x[None], x[None]), {}, ValueError, r"b: expected shape \[B, L, D\], got \[1, 2, 4, 3\]"),
     ((x[:, :3], x), {}, ValueError, r"a: .* broadcasts to b's \[2, 4, 3\], got \[2, 3, 3\]"),

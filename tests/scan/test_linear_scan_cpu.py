@@ -1,10 +1,8 @@
 """linear_scan's C++ kernels: every instruction set, threads and their shares, strides, halves."""
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,36 +13,18 @@ from torch import Tensor
 import kexue_kernels as kk
 from kexue_kernels import _extension
 from kexue_kernels.scan import blocked_linear_scan, cpu_linear_scan
+from tests import cpu
 from tests.scan.cases import ALL, DTYPES, Case, Inputs, check, error, make, packed, widened
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
+_C = cpu.extension()
 
 ISAS = _C.cpu_isas()
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def keep_threads() -> Iterator[None]:
-    """For tests that set a number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

@@ -98,6 +98,33 @@ def test_autocast_promotes_a_mix() -> None:
         kk.linear_scan(a, b)
 
 
+def test_autocast_takes_a_half_state() -> None:
+    a, b, state = torch.rand(2, 9, 3), torch.randn(2, 9, 3), torch.randn(2, 3).bfloat16()
+    with torch.autocast("cpu"):
+        h = kk.linear_scan(a, b, state)
+    assert torch.equal(h, kk.linear_scan(a, b, state.float()))
+    with (
+        torch.autocast("cpu"),
+        pytest.raises(ValueError, match="a: expected dtype float32, got int64"),
+    ):
+        kk.linear_scan(a.long(), b)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    b, cu_seqlens = torch.empty(1, 5, 3, device="meta"), torch.empty(3, device="meta").int()
+    for dtype in (torch.float32, torch.float64):
+        a = b.to(dtype)
+        h, state = kk.linear_scan(a, a, cu_seqlens=cu_seqlens, return_final_state=True)
+        assert (h.shape, state.shape) == ((1, 5, 3), (2, 3))
+
+
+def test_vmap_over_nothing() -> None:
+    def scan(a: Tensor, b: Tensor) -> Tensor:
+        return torch.func.grad(lambda a: kk.linear_scan(a, b).sum())(a)
+
+    assert torch.func.vmap(scan)(torch.rand(0, 3), torch.randn(0, 2, 4, 3)).shape == (0, 3)
+
+
 IN_DIMS = [(None, 0, None), (0, 1, 0), (0, None, None), (None, 2, 1), (1, 0, None)]
 
 

@@ -1,8 +1,6 @@
 """selective_scan and its one step on CPU: every instruction set, threads and their shares,
 strides, extremes; and the blocked PyTorch that serves without the extension."""
 
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -11,35 +9,16 @@ import torch
 from torch import Tensor
 
 import kexue_kernels as kk
-from kexue_kernels import _extension
 from kexue_kernels.scan import blocked_selective_scan, reference
-from kexue_kernels.scan.chunks import chunk_length
+from kexue_kernels.scan.chunks import SelectiveInputs, chunk_length
+from tests import cpu
 from tests.scan.cases import error
 from tests.scan.selective_cases import ALL, NAMES, Case, Inputs, check, make, packed, run, widened
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
+_C = cpu.extension()
 from kexue_kernels.scan import cpu_selective_scan  # noqa: E402
 
 ISAS = _C.cpu_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
-@pytest.fixture
-def keep_threads() -> Iterator[None]:
-    """For tests that set a number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 MORE = [
@@ -80,14 +59,13 @@ def run_launcher(launcher: ModuleType, case: Case, inputs: Inputs) -> dict[str, 
         if given[i].ndim == 3:
             given[i] = given[i].unsqueeze(2)
     cu_seqlens = None if inputs.cu_seqlens is None else inputs.cu_seqlens.long()
-    options = cu_seqlens, case.softplus
-    u, A = given[0], given[2]
-    out = u.new_empty(u.shape)
+    normal = SelectiveInputs(*given, cu_seqlens, case.softplus)
+    out = normal.u.new_empty(normal.u.shape)
     final = torch.empty_like(inputs.grad_final)
     chunks = -(-case.L // chunk_length(case.n))
-    checkpoints = A.new_empty(case.batch, chunks, case.n, case.d)
-    launcher.forward(*given, *options, out, final, checkpoints)
-    grads = launcher.backward(inputs.grad_out, inputs.grad_final, *given, *options, checkpoints)
+    checkpoints = normal.A.new_empty(case.batch, chunks, case.n, case.d)
+    launcher.forward(normal, out, final, checkpoints)
+    grads = launcher.backward(inputs.grad_out, inputs.grad_final, normal, checkpoints)
     named = {name: g for name, g in grads._asdict().items() if g is not None}
     return {"out": out, "final": final, "checkpoints": checkpoints, **named}
 

@@ -11,6 +11,7 @@ import kexue_kernels as kk
 from kexue_kernels import _extension, dispatch, launchers
 from kexue_kernels.offline import cubins
 from kexue_kernels.scan import cuda_selective_scan, cuda_selective_state_update
+from kexue_kernels.scan.chunks import SelectiveInputs
 from kexue_kernels.scan.cuda_selective_scan import Cut, choose_cut
 from tests import emulation
 from tests.scan import test_selective_state_update as update_tests
@@ -180,10 +181,11 @@ def test_unchecked_boundaries_do_no_harm(emulated: ModuleType) -> None:
     bounds = torch.tensor([0, 40, 7, 1 << 40, -5])
     out, final = torch.empty_like(i["u"]), torch.empty(4, case.d, case.n)
     given = [i[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
-    cuda_selective_scan.forward(*given, None, bounds, True, out, final, None)
+    inputs = SelectiveInputs(*given, None, bounds, True)
+    cuda_selective_scan.forward(inputs, out, final, None)
     good = torch.tensor([0, 40, 40, 100, 100])
     same, same_final = torch.empty_like(out), torch.empty_like(final)
-    cuda_selective_scan.forward(*given, None, good, True, same, same_final, None)
+    cuda_selective_scan.forward(inputs._replace(cu_seqlens=good), same, same_final, None)
     assert torch.equal(out, same)
     assert torch.equal(final, same_final)
 
@@ -250,11 +252,13 @@ def test_nothing_spills(tmp_path_factory: pytest.TempPathFactory) -> None:
     found, why = cubins.extract(folder, ["sm_80", "sm_90", "sm_100"])
     if not found:
         pytest.skip(why)
-    cards = [card for arch, cubin in found for card in cubins.cards(arch, cubin)]
-    cards = [card for card in cards if "selective" in card.kernel]
-    assert len(cards) == 27 * len({arch for arch, _ in found})
-    for card in cards:
-        assert (card.spills, card.stack) == (0, 0), (card.arch, card.kernel)
+    count = 0
+    for arch, cubin in found:
+        for kernel, usage in cubins.usages(cubin).items():
+            if "selective" in kernel:
+                assert (usage.stack, usage.local) == (0, 0), (arch, kernel)
+                count += 1
+    assert count == 27 * len({arch for arch, _ in found})
 
 
 # ---- on a device

@@ -95,6 +95,45 @@ def test_autocast_promotes_the_data() -> None:
     assert torch.equal(out, expected)
 
 
+def test_autocast_takes_half_states_and_parameters() -> None:
+    i = make(Case()).tensors
+    halves = {name: i[name].bfloat16() for name in ("D", "delta_bias", "initial_state")}
+    with torch.autocast("cpu"):
+        out = kk.selective_scan(**{**i, **halves})
+    assert torch.equal(out, kk.selective_scan(**{**i, **{k: x.float() for k, x in halves.items()}}))
+
+
+EMPTY = [Case(batch=0), Case(L=0), Case(d=0), Case(n=0), packed((0, 0)), packed((2, 0), n=0)]
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_zero_sizes_compile(case: Case) -> None:
+    inputs = make(case)
+    loss = loss_of(inputs, case)
+    leaves = [x.requires_grad_() for x in inputs.tensors.values()]
+    eager = torch.autograd.grad(loss(**inputs.tensors), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(**inputs.tensors), leaves)
+    torch.testing.assert_close(traced, eager)
+
+
+def test_meta_tensors_have_shapes_and_gradients() -> None:
+    for dtype in (torch.float32, torch.float64):
+        i = {name: x.to("meta", dtype) for name, x in make(Case()).tensors.items()}
+        leaves = [x.requires_grad_() for x in i.values()]
+        out = kk.selective_scan(**i)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert out.shape == i["u"].shape
+        assert [x.shape for x in grads] == [x.shape for x in leaves]
+
+
+def test_vmap_over_nothing() -> None:
+    i = make(Case()).tensors
+    none = {name: x[None][:0] for name, x in i.items()}
+    out = torch.func.vmap(lambda m: kk.selective_scan(**m))(none)
+    assert out.shape == (0, *i["u"].shape)
+
+
 def test_vmap_is_each_call_alone() -> None:
     one, two = (make(Case(L=6), seed=seed).tensors for seed in (0, 1))
     stacked = {name: torch.stack([one[name], two[name]]) for name in one}

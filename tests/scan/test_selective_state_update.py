@@ -203,6 +203,35 @@ def test_where_every_index_is_negative(backend: str) -> None:
     assert torch.equal(i["state"], before)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_where_there_is_no_state(backend: str) -> None:
+    i = build({})
+    i["state"] = i["state"][:0]
+    indices = torch.full((3,), -1)
+    y = kk.selective_state_update(**i, state_batch_indices=indices, backend=backend)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_lazily_negated_tensors(backend: str) -> None:
+    expected = build({})
+    y = kk.selective_state_update(**expected, backend=backend)
+    for name in expected:
+        i = build({})
+        i[name] = torch._neg_view(-i[name])
+        assert i[name].is_neg()
+        assert torch.equal(kk.selective_state_update(**i, backend=backend), y), name
+        assert torch.equal(i["state"], expected["state"]), name
+
+
+def test_a_tangent_is_refused() -> None:
+    i = build({})
+    x, before = i.pop("x"), i["state"].clone()
+    with pytest.raises(RuntimeError, match="for inference"):
+        torch.func.jvp(lambda x: kk.selective_state_update(x=x, **i), (x,), (x,))
+    assert torch.equal(i["state"], before)
+
+
 def test_autograd_sees_that_the_state_changed() -> None:
     i = build({})
     weight = torch.ones_like(i["state"], requires_grad=True)
@@ -236,6 +265,18 @@ def test_compiles_whole() -> None:
         torch.testing.assert_close(i["state"], again["state"])
 
 
+def test_zero_sizes_compile() -> None:
+    def step(state: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return kk.selective_state_update(state, x, x, A, B, B)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, n in ((2, 3), (0, 3), (2, 0)):
+        inputs = torch.randn(batch, 4), -torch.rand(4, n), torch.randn(batch, n)
+        state, again = torch.ones(batch, 4, n), torch.ones(batch, 4, n)
+        torch.testing.assert_close(compiled(state, *inputs), step(again, *inputs))
+        torch.testing.assert_close(state, again)
+
+
 def test_vmap_is_refused() -> None:
     i = build({})
     stacked = {k: torch.stack([x, x]) for k, x in i.items()}
@@ -262,6 +303,7 @@ BAD = [
     ({"state": S[:1]}, ValueError, r"state: .* \[batch, d, n\] = \[2, 4, 3\], got \[1, 4, 3\]"),
     ({"state": S[0]}, ValueError, r"state: expected shape \[batch, d, n\]"),
     ({"state": S.cfloat()}, ValueError, "state: expected dtype"),
+    ({"state": S[:1].expand(2, 4, 3)}, ValueError, "state: expected memory of its own"),
     ({"dt_softplus": 1}, TypeError, "dt_softplus: expected a bool, got int"),
     ({"state_batch_indices": [0, 1]}, TypeError, "state_batch_indices: expected a torch.Tensor"),
     ({"state_batch_indices": I.float()}, ValueError, "state_batch_indices: expected dtype int32"),

@@ -142,6 +142,16 @@ def test_codes_that_nothing_was_counted_for_stay() -> None:
     assert torch.equal(codebook, before)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_lazily_negated_tensors_are_updated(backend: str) -> None:
+    x, indices = draw(40, 5, 3)
+    expected = written_out(state(), x, indices, 0.9, 1e-5)
+    running = [torch._neg_view(-t) for t in state()]
+    vq.ema_update_(*running, x, indices, decay=0.9, backend=backend)
+    for found, exact in zip(running, expected, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_is_written_where_an_argument_is_wrong() -> None:
     running = state()
     before = [t.clone() for t in running]

@@ -1,39 +1,18 @@
 """nearest_codebook's C++ kernels: every instruction set, threads and blocks, strides, bad luck."""
 
 import functools
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kexue_kernels import _extension
 from kexue_kernels.vq import cpu_nearest_codebook
+from tests import cpu
 from tests.vq.cases import DTYPES, EVERY_KIND, METRICS, SHAPES, Data, nearest
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
-@pytest.fixture
-def keep_threads() -> Iterator[None]:
-    """For tests that set a number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+cpu.extension()
 
 
 def search(x: Tensor, codebook: Tensor, metric: str = "l2", precision: str = "exact") -> Tensor:

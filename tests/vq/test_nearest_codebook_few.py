@@ -1,36 +1,17 @@
 """Few rows by the C++ extension, which reads each code once and packs none."""
 
-import shutil
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from kexue_kernels import _extension
 from kexue_kernels.vq import cpu_nearest_codebook
+from tests import cpu
 from tests.vq.cases import DTYPES, METRICS, Data, nearest
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
+cpu.extension()
+
+pytestmark = pytest.mark.usefixtures("isa")
 KINDS = ("random", "clustered", "offset", "duplicated", "bisector", "integers", "broken", "huge")
-
-
-@pytest.fixture(params=_C.cpu_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def search(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
@@ -57,7 +38,7 @@ def test_every_number_of_channels(d: int, metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_any_number_of_threads(metric: str, threads: None) -> None:
+def test_any_number_of_threads(metric: str, keep_threads: None) -> None:
     """Equal codes in the parts of several threads: the first of them wins."""
     x, codebook = Data("duplicated", N=5, K=6000, d=32).make()
     expected = nearest(x, codebook, metric)

@@ -1,36 +1,14 @@
 """vector_quantize and codebook_statistics in C++: instruction sets, threads, small norms."""
 
-import shutil
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from kexue_kernels import _extension
 from kexue_kernels.vq import cpu_codebook_statistics, cpu_vector_quantize
+from tests import cpu
 from tests.vq.cases import DTYPES, QUANTIZE, Quantize, check_quantize, check_statistics, generator
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
-@pytest.fixture
-def keep_threads() -> Iterator[None]:
-    """For tests that set a number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+cpu.extension()
 
 
 @pytest.mark.parametrize("case", QUANTIZE, ids=str)

@@ -65,6 +65,12 @@ UPDATE = [
         ValueError,
         r"embed_sum: .* = \[5, 3\], got \[5, 2\]",
     ),
+    (
+        (codes, size, total[:1].expand(5, 3), x, rows),
+        {},
+        ValueError,
+        "embed_sum: expected memory of its own",
+    ),
     ((codes, size.half(), total, x, rows), {}, ValueError, "cluster_size: expected dtype float32"),
     ((codes.half(), size, total.half(), x, rows), {}, ValueError, "embed_sum: .* float32"),
     ((codes, size, total, x[:, 1:], rows), {}, ValueError, r"x: expected shape .* got \[4, 2\]"),

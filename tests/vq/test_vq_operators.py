@@ -130,6 +130,20 @@ def test_vmap(backend: str) -> None:
     assert torch.equal(found, vq.nearest_codebook(x, codebook).T)
 
 
+def test_vmap_over_nothing() -> None:
+    found = torch.func.vmap(kk.vector_quantize)(torch.randn(0, 4, 3), torch.randn(0, 5, 3))
+    assert [x.shape for x in found] == [(0, 4, 3), (0, 4), (0,), (0,)]
+
+
+def test_meta_tensors_have_shapes() -> None:
+    x, codebook = torch.empty(4, 3, device="meta"), torch.empty(5, 3, device="meta")
+    found = kk.vector_quantize(x, codebook)
+    counts, sums = kk.codebook_statistics(x, found.indices, 5)
+    shapes = [part.shape for part in (found.quantized, found.indices, counts, sums)]
+    assert shapes == [(4, 3), (4,), (5,), (5, 3)]
+    assert kk.nearest_codebook(x.double(), codebook.double()).shape == (4,)
+
+
 def test_torch_func() -> None:
     x, codebook = torch.randn(3, 6, 4), torch.randn(5, 4)
 
