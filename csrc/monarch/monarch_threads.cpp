@@ -192,7 +192,7 @@ class BlockDiagForward {
         u_(floats_of(call.dtype)),
         columns_(factor_.blocks * factor_.out),
         y_{y, columns_, 1},
-        tiling_(kernels_, call.N, weights_of(factor_, u_), columns_ * u_, threads),
+        tiling_(kernels_, call.N, weights_of(factor_, u_), (factor_.in + factor_.out) * u_, threads),
         w_(kernels_, call.dtype, call.factor, call.w, call.transposed),
         bias_(floats_of_bias(kernels_, call.dtype, bias, columns_)) {}
 
@@ -205,6 +205,25 @@ class BlockDiagForward {
                       Buffer(tiling_.tile * panel(factor_.out)),
                       Buffer(w_.own_size(factor_.out))});
     }
+    if (tiling_.alone) {
+      run_tiles(owns);
+    } else {
+      run_parts(owns);
+    }
+  }
+
+ private:
+  // Each thread takes tiles: while it multiplies a block, the next block's items of the same rows
+  // are on their way to its cache.
+  void run_tiles(const std::vector<Own>& owns) const {
+    share_work(tiling_.jobs, tiling_.tiles(), [&](int64_t job, int64_t i) {
+      const Span rows = tiling_.span(call_.N, i);
+      for (int64_t b = 0; b < factor_.blocks; ++b) multiply(rows, b, 0, factor_.out, owns[job]);
+    });
+  }
+
+  // Few rows: threads take blocks, or parts of them.
+  void run_parts(const std::vector<Own>& owns) const {
     const int64_t jobs_of_tile = ceil_div(tiling_.jobs, tiling_.tiles());
     const Parts parts(factor_.blocks, factor_.out, kChunk / u_, jobs_of_tile);
     share_work(tiling_.jobs, tiling_.tiles() * parts.count(), [&](int64_t job, int64_t i) {
@@ -214,7 +233,6 @@ class BlockDiagForward {
     });
   }
 
- private:
   int64_t panel(int64_t items) const { return items * u_ * tiling_.lanes; }
 
   // Items [from, to) of block b.

@@ -54,7 +54,7 @@ def linear_scan(
     """
     checks.tensor("a", a)
     checks.tensor("b", b)
-    if autocast.enabled(b.device.type):
+    if (a.dtype != b.dtype or initial_state is not None) and autocast.enabled(b.device.type):
         a, b = autocast.promoted(a, b)
         (initial_state,) = autocast.widened(initial_state)
     _check_linear_scan(a, b, initial_state, reverse, cu_seqlens, return_final_state)
