@@ -1,6 +1,7 @@
 // Products of matrices that lie in the caches. For *_cpu.cpp files only.
 #pragma once
 
+#include "common/counts.h"
 #include "common/lanes.h"
 
 namespace kexue::KEXUE_ISA {
@@ -20,22 +21,6 @@ struct SmallProduct {
   int64_t c_row;
   int64_t rows, columns, depth;
 };
-
-template <int n>
-struct Int {
-  static constexpr int value = n;
-};
-
-// body(Int<n>{}) for 1 <= n <= most
-template <int most, class Body>
-KEXUE_INLINE void with_int(int64_t n, const Body& body) {
-  if constexpr (most == 1) {
-    body(Int<1>{});
-  } else {
-    if (n == most) return body(Int<most>{});
-    with_int<most - 1>(n, body);
-  }
-}
 
 // A tile's sums: `rows` times kColumns.
 template <int rows>

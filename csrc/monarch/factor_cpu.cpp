@@ -1,6 +1,7 @@
 // Tiles of a few outputs times one or two registers of rows: their sums stay in registers.
 #include "monarch/factor_cpu.h"
 
+#include "common/counts.h"
 #include "common/lanes.h"
 #include "monarch/exchange.h"
 
@@ -41,22 +42,6 @@ struct Sums {
     }
   }
 };
-
-template <int n>
-struct Int {
-  static constexpr int value = n;
-};
-
-// body(Int<n>{}) for 1 <= n <= most
-template <int most, class Body>
-KEXUE_INLINE void with_int(int64_t n, const Body& body) {
-  if constexpr (most == 1) {
-    body(Int<1>{});
-  } else {
-    if (n == most) return body(Int<most>{});
-    with_int<most - 1>(n, body);
-  }
-}
 
 // Calls body(Int<outs>{}, first) for tiles of almost equal sizes.
 template <int most, class Body>

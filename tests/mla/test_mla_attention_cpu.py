@@ -1,7 +1,5 @@
 """mla_attention in C++: instruction sets, threads, tiles, groups of heads, strides."""
 
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -11,35 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kexue_kernels import _extension, launchers
+from kexue_kernels import launchers
 from kexue_kernels.mla import blocked_mla_attention as blocked
+from tests import cpu
 from tests.mla.attention_cases import CASES, NAMES, Case, check, make, packed, plain, run, scale_of
 from tests.mla.cases import HALVES, error
 
-_C = _extension.load().module
-if _C is None and shutil.which("c++") is None:
-    pytest.skip(f"{_extension.load().reason}; no compiler", allow_module_level=True)
-assert _C is not None, _extension.load().reason
+cpu.extension()
 
 from kexue_kernels.mla import cpu_mla_attention as native  # noqa: E402
 
 DTYPES = (torch.float32, *HALVES)
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
-@pytest.fixture
-def keep_threads() -> Iterator[None]:
-    """For tests that set a number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_it_serves_cpu() -> None:
