@@ -47,6 +47,13 @@ struct Transfer {
   const float* bias;  // by column in floats, added to rows; or null
 };
 
+// Cache lines that come next: fetched while something else is computed. In bytes.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t rows = 0, row = 0;    // how many, and from one to the next
+  int64_t lines = 0, line = 0;  // of a row, likewise
+};
+
 // Line lines[j] of each panel of `to` becomes the sum over i < depth of scalars[j][i] times line i
 // of the panel, for j < outs. Lanes without a row may become anything.
 struct Product {
@@ -59,17 +66,26 @@ struct Product {
   float* to;
   int64_t to_panel;
   const int32_t* lines;  // or null: j
+  bool far = false;      // `to` is not in a cache of this core's own
+  Ahead ahead = {};
 };
 
-// to[j][c] += the sum over rows i < count of line j at row i times rows[i][c], for j < outs and
-// c < columns, which are a multiple of two registers.
+// The sums over rows i < count of line j at row i times rows[i][c].
 struct OuterSum {
-  int64_t count, outs, columns;
+  int64_t count;
   const float* lines;  // of two registers
   int64_t panel;
   const float* rows;
   int64_t row;
-  float* to;  // [outs][columns]
+  bool far = false;  // the sums are not in a cache of this core's own
+  Ahead ahead[2] = {};
+};
+
+// Where they are added, for j < outs and c < columns, which are a multiple of two registers.
+struct SumsAt {
+  int64_t outs, columns;
+  float* to;   // [outs][columns]
+  bool fresh;  // nothing is there yet
 };
 
 }  // namespace kexue::monarch

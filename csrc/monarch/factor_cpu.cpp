@@ -17,6 +17,37 @@ constexpr int64_t kDepth = 256;  // terms of a sum that is kept apart: for L1 an
 constexpr int kOutputs = kWidth == 16 ? 8 : 6;  // of two registers each; of one, twice as many
 
 constexpr int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
+constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Fetches what comes next into L2, a share at each of so many steps.
+class Fetch {
+ public:
+  Fetch(const Ahead& ahead, int64_t steps)
+      : ahead_(ahead),
+        share_(ahead.rows > 0 ? ahead.rows * ahead.lines / steps + 1 : 0),
+        at_(ahead.data) {}
+
+  KEXUE_INLINE void step() {
+    if (share_ > 0) fetch();
+  }
+
+ private:
+  __attribute__((noinline)) void fetch() {
+    for (int64_t i = 0; i < share_ && row_ < ahead_.rows; ++i) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += ahead_.line;
+      if (++line_ == ahead_.lines) {
+        line_ = 0;
+        at_ = ahead_.data + ++row_ * ahead_.row;
+      }
+    }
+  }
+
+  const Ahead& ahead_;
+  const int64_t share_;
+  const char* at_;
+  int64_t row_ = 0, line_ = 0;
+};
 
 template <int vectors, int outs>
 struct Sums {
@@ -55,20 +86,29 @@ KEXUE_INLINE void for_tiles(int64_t outs, const Body& body) {
 
 template <int vectors>
 void product(const Product& call) {
-  constexpr int64_t lanes = vectors * kWidth;
+  constexpr int64_t lanes = vectors * kWidth, most = 2 * kOutputs / vectors;
+  const int64_t tiles = ceil_div(call.outs, most) * ceil_div(call.rows, lanes);
+  Fetch next(call.ahead, tiles * ceil_div(call.depth, kDepth));
   for (int64_t from = 0; from < call.depth; from += kDepth) {
     const int64_t depth = min(kDepth, call.depth - from);
-    for_tiles<2 * kOutputs / vectors>(call.outs, [&](auto n, int64_t first) {
+    for_tiles<most>(call.outs, [&](auto n, int64_t first) {
       constexpr int outs = decltype(n)::value;
       const float* scalars = call.scalars + first * call.scalars_row + from;
       for (int64_t panel = 0; panel * lanes < call.rows; ++panel) {
+        float* to = call.to + panel * call.to_panel;
+        const auto line_of = [&](int64_t j) {
+          return to + (call.lines ? call.lines[first + j] : first + j) * lanes;
+        };
+        next.step();
+        if (call.far) {  // on their way until they are written
+          for (int j = 0; j < outs; ++j) __builtin_prefetch(line_of(j), 1);
+        }
         Sums<vectors, outs> sums{};
         sums.add(call.data + panel * call.panel + from * lanes, lanes, scalars, call.scalars_row,
                  depth);
-        float* to = call.to + panel * call.to_panel;
 #pragma GCC unroll 16
         for (int j = 0; j < outs; ++j) {
-          float* line = to + (call.lines ? call.lines[first + j] : first + j) * lanes;
+          float* line = line_of(j);
 #pragma GCC unroll 2
           for (int v = 0; v < vectors; ++v) {
             V sum = sums.at[j][v];
@@ -235,11 +275,18 @@ void monarch_product(const Product& call) {
   product<1>(call);
 }
 
-void monarch_outer_sum(const OuterSum& call) {
+void monarch_outer_sum(const OuterSum& call, const SumsAt& at) {
   constexpr int64_t lanes = 2 * kWidth;
-  for (int64_t column = 0; column < call.columns; column += lanes) {
-    for_tiles<kOutputs>(call.outs, [&](auto n, int64_t first) {
+  const int64_t tiles = ceil_div(at.outs, kOutputs) * (at.columns / lanes);
+  Fetch next[]{{call.ahead[0], tiles}, {call.ahead[1], tiles}};
+  for (int64_t column = 0; column < at.columns; column += lanes) {
+    for_tiles<kOutputs>(at.outs, [&](auto n, int64_t first) {
       constexpr int outs = decltype(n)::value;
+      float* tile = at.to + first * at.columns + column;
+      for (Fetch& each : next) each.step();
+      if (call.far) {
+        for (int j = 0; j < outs; ++j) __builtin_prefetch(tile + j * at.columns, 1);
+      }
       Sums<2, outs> sums{};
       const float* lines = call.lines + first * lanes;
       const float* rows = call.rows + column;
@@ -250,9 +297,13 @@ void monarch_outer_sum(const OuterSum& call) {
       }
 #pragma GCC unroll 16
       for (int j = 0; j < outs; ++j) {
-        float* to = call.to + (first + j) * call.columns + column;
-        put(to, get<V>(to) + sums.at[j][0], false);
-        put(to + kWidth, get<V>(to + kWidth) + sums.at[j][1], false);
+        float* to = tile + j * at.columns;
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          V sum = sums.at[j][v];
+          if (!at.fresh) sum += get<V>(to + v * kWidth);
+          put(to + v * kWidth, sum, false);
+        }
       }
     });
   }

@@ -29,15 +29,15 @@ struct Pack {
 
 namespace kexue {
 
-#define KEXUE_MONARCH(isa, unused)                                \
-  namespace isa {                                                 \
-  int64_t monarch_register(); /* floats */                        \
-  void monarch_rows_to_lines(const monarch::Transfer&);           \
-  void monarch_lines_to_rows(const monarch::Transfer&);           \
-  void monarch_product(const monarch::Product&);                  \
-  void monarch_outer_sum(const monarch::OuterSum&);               \
-  void monarch_unpack_weights(const monarch::Unpack&, float* to); \
-  void monarch_pack_gradient(const monarch::Pack&);               \
+#define KEXUE_MONARCH(isa, unused)                                          \
+  namespace isa {                                                           \
+  int64_t monarch_register(); /* floats */                                  \
+  void monarch_rows_to_lines(const monarch::Transfer&);                     \
+  void monarch_lines_to_rows(const monarch::Transfer&);                     \
+  void monarch_product(const monarch::Product&);                            \
+  void monarch_outer_sum(const monarch::OuterSum&, const monarch::SumsAt&); \
+  void monarch_unpack_weights(const monarch::Unpack&, float* to);           \
+  void monarch_pack_gradient(const monarch::Pack&);                         \
   }
 KEXUE_ISAS(KEXUE_MONARCH, )
 #undef KEXUE_MONARCH

@@ -7,7 +7,8 @@ namespace kexue::monarch {
 namespace {
 
 constexpr int64_t kTileBytes = 256 << 10;  // of what is between the factors
-constexpr int64_t kMostPanels = 8;         // of a tile
+constexpr int64_t kMostPanels = 8;         // of a tile, or together
+constexpr int64_t kManyWeights = 12 << 20;  // bytes: more are not fetched anew for each tile
 constexpr int64_t kChunk = 24;             // floats of a block's output that are made at once
 constexpr int64_t kFewChunk = 96;          // the same in panels of one register
 constexpr int64_t kRun = 16;               // floats that are written side by side
@@ -56,8 +57,8 @@ class MonarchForward {
         u_(floats_of(call.dtype)),
         z_({call.second.in, u_}),
         lines_(call.second.blocks * z_.block()),
-        tiling_(kernels_, call.N, weights_of(call.first, u_) + weights_of(call.second, u_), lines_,
-                threads),
+        weights_(weights_of(call.first, u_) + weights_of(call.second, u_)),
+        tiling_(kernels_, call.N, weights_, lines_, threads),
         columns_(call.second.out * call.second.blocks),
         y_{y, columns_, 1},
         w1_(kernels_, call.dtype, call.first, call.w1, false),
@@ -74,10 +75,11 @@ class MonarchForward {
   }
 
   void run() {
-    if (tiling_.alone) {
+    const bool many = weights_ * int64_t(sizeof(float)) >= kManyWeights;
+    if (tiling_.alone && !many) {
       run_tiles();
     } else {
-      run_together();
+      run_together(many ? std::min(tiling_.panels, kMostPanels) : tiling_.panels);
     }
   }
 
@@ -95,8 +97,10 @@ class MonarchForward {
 
   // Each thread takes tiles.
   void run_tiles() {
-    w1_.unpack_all(tiling_.jobs);
-    w2_.unpack_all(tiling_.jobs);
+    Workspace space;
+    for (FloatWeights* w : {&w1_, &w2_}) w->ask_for_all(space);
+    space.make();
+    for (const FloatWeights* w : {&w1_, &w2_}) w->unpack_all(tiling_.jobs);
     std::vector<Own> owns(tiling_.jobs);
     std::vector<Buffer> z(tiling_.jobs);
     share_work(tiling_.jobs, tiling_.tiles(), [&](int64_t job, int64_t i) {
@@ -106,34 +110,39 @@ class MonarchForward {
       }
       const Span rows = tiling_.span(call_.N, i);
       for (int64_t k = 0; k < call_.first.blocks; ++k) {
-        first(rows, k, 0, call_.first.out, z[job].data(), owns[job]);
+        first(rows, {k, 0, call_.first.out}, z[job].data(), owns[job]);
       }
       for (int64_t group = 0; group < groups(); ++group) {
-        second(rows, group, 0, call_.second.out, z[job].data(), owns[job]);
+        second(rows, {group, 0, call_.second.out}, z[job].data(), owns[job]);
       }
     });
   }
 
-  // Few rows: threads take blocks, of the one factor and then of the other.
-  void run_together() {
-    const Span rows{0, call_.N};
+  // Threads take blocks, of the one factor and then of the other, for some panels at a time.
+  void run_together(int64_t panels) {
     const int64_t jobs = tiling_.jobs;
-    const Buffer z(tiling_.panels * z_panel());
+    float* z;
+    Workspace space;
+    space.ask(&z, panels * z_panel());
+    space.make();
     std::vector<Own> owns;
-    for (int64_t job = 0; job < jobs; ++job) owns.push_back(own(tiling_.panels));
+    for (int64_t job = 0; job < jobs; ++job) owns.push_back(own(panels));
     const Parts ks(call_.first.blocks, call_.first.out, kChunk / u_, jobs);
-    share_work(jobs, ks.count(), [&](int64_t job, int64_t i) {
-      first(rows, ks.block(i), ks.from(i), ks.to(i), z.data(), owns[job]);
-    });
     const Parts ls(groups(), call_.second.out, chunk_, jobs);
-    share_work(jobs, ls.count(), [&](int64_t job, int64_t i) {
-      second(rows, ls.block(i), ls.from(i), ls.to(i), z.data(), owns[job]);
-    });
+    for (int64_t from = 0; from < call_.N; from += panels * line()) {
+      const Span rows{from, std::min(panels * line(), call_.N - from)};
+      share_work(jobs, ks.count(), [&](int64_t job, int64_t i) {
+        first(rows, ks.at(i), z, owns[job]);
+      });
+      share_work(jobs, ls.count(), [&](int64_t job, int64_t i) {
+        second(rows, ls.at(i), z, owns[job]);
+      });
+    }
   }
 
-  // Items [from, to) of block k of the first factor, to where the second reads them.
-  void first(const Span& rows, int64_t k, int64_t from, int64_t to, float* z,
-             const Own& own) const {
+  // Items of block k of the first factor, to where the second reads them.
+  void first(const Span& rows, const Part& part, float* z, const Own& own) const {
+    const auto [k, from, to] = part;
     const int64_t depth = call_.first.in * u_, panel = depth * line();
     kernels_.rows_to_lines({call_.dtype, tiling_.vectors, at_row(call_.dtype, call_.x, rows.from),
                             rows.count, k * call_.first.in, 1, 0, depth, own.lines.data(), panel,
@@ -144,11 +153,10 @@ class MonarchForward {
                       &z_lines_[(k * call_.first.out + from) * u_]});
   }
 
-  // Items [from, to) of a group of blocks of the second factor.
-  void second(const Span& rows, int64_t group, int64_t from, int64_t to, const float* z,
-              const Own& own) const {
-    for (int64_t s = from; s < to; s += chunk_) {
-      second_chunk(rows, group * group_, s, std::min(chunk_, to - s), z, own);
+  // Items of a group of blocks of the second factor.
+  void second(const Span& rows, const Part& part, const float* z, const Own& own) const {
+    for (int64_t s = part.from; s < part.to; s += chunk_) {
+      second_chunk(rows, part.block * group_, s, std::min(chunk_, part.to - s), z, own);
     }
   }
 
@@ -173,7 +181,7 @@ class MonarchForward {
   const MonarchMatmul& call_;
   const int64_t u_;
   const Lines z_;
-  const int64_t lines_;
+  const int64_t lines_, weights_;
   const Tiling tiling_;
   const int64_t columns_;
   const Rows y_;
@@ -192,13 +200,19 @@ class BlockDiagForward {
         u_(floats_of(call.dtype)),
         columns_(factor_.blocks * factor_.out),
         y_{y, columns_, 1},
-        tiling_(kernels_, call.N, weights_of(factor_, u_), (factor_.in + factor_.out) * u_, threads),
+        tiling_(kernels_, call.N, weights_of(factor_, u_), (factor_.in + factor_.out) * u_,
+                threads),
         w_(kernels_, call.dtype, call.factor, call.w, call.transposed),
         bias_(floats_of_bias(kernels_, call.dtype, bias, columns_)) {}
 
   void run() {
     prepare_output(y_.data, call_.N * columns_ * item_bytes(call_.dtype));
-    if (tiling_.tiles() > 1) w_.unpack_all(tiling_.jobs);
+    Workspace space;
+    if (tiling_.tiles() > 1) {
+      w_.ask_for_all(space);
+      space.make();
+      w_.unpack_all(tiling_.jobs);
+    }
     std::vector<Own> owns;
     for (int64_t job = 0; job < tiling_.jobs; ++job) {
       owns.push_back({Buffer(tiling_.tile * panel(factor_.in)),
@@ -218,7 +232,7 @@ class BlockDiagForward {
   void run_tiles(const std::vector<Own>& owns) const {
     share_work(tiling_.jobs, tiling_.tiles(), [&](int64_t job, int64_t i) {
       const Span rows = tiling_.span(call_.N, i);
-      for (int64_t b = 0; b < factor_.blocks; ++b) multiply(rows, b, 0, factor_.out, owns[job]);
+      for (int64_t b = 0; b < factor_.blocks; ++b) multiply(rows, {b, 0, factor_.out}, owns[job]);
     });
   }
 
@@ -227,16 +241,14 @@ class BlockDiagForward {
     const int64_t jobs_of_tile = ceil_div(tiling_.jobs, tiling_.tiles());
     const Parts parts(factor_.blocks, factor_.out, kChunk / u_, jobs_of_tile);
     share_work(tiling_.jobs, tiling_.tiles() * parts.count(), [&](int64_t job, int64_t i) {
-      const int64_t part = i % parts.count();
-      multiply(tiling_.span(call_.N, i / parts.count()), parts.block(part), parts.from(part),
-               parts.to(part), owns[job]);
+      multiply(tiling_.span(call_.N, i / parts.count()), parts.at(i % parts.count()), owns[job]);
     });
   }
 
   int64_t panel(int64_t items) const { return items * u_ * tiling_.lanes; }
 
-  // Items [from, to) of block b.
-  void multiply(const Span& rows, int64_t b, int64_t from, int64_t to, const Own& own) const {
+  void multiply(const Span& rows, const Part& part, const Own& own) const {
+    const auto [b, from, to] = part;
     const int64_t depth = factor_.in * u_, outs = (to - from) * u_;
     kernels_.rows_to_lines({call_.dtype, tiling_.vectors, at_row(call_.dtype, call_.x, rows.from),
                             rows.count, b * factor_.in, 1, 0, depth, own.lines.data(),

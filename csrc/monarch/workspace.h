@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "common/isa.h"
@@ -27,6 +29,34 @@ class Buffer {
     void operator()(float* data) const { ::operator delete(data, kLine); }
   };
   std::unique_ptr<float, Delete> data_;
+};
+
+// What a call works in, as one piece of memory: each part is asked for before any is made.
+class Workspace {
+ public:
+  // `to` will point to as many floats, on cache lines and not initialised.
+  void ask(float** to, int64_t size) {
+    asked_.push_back({to, size_});
+    size_ += ceil_div(size, kLine) * kLine;
+  }
+
+  void make() {
+    const int64_t bytes = size_ * int64_t(sizeof(float));
+    const int64_t align = bytes < kHugePage ? kLine * sizeof(float) : kHugePage;
+    data_.reset(static_cast<float*>(std::aligned_alloc(align, ceil_div(bytes, align) * align)));
+    if (!data_ && bytes > 0) throw std::bad_alloc();
+    if (bytes >= kHugePage) prefer_huge_pages(data_.get(), bytes);
+    for (const auto& [to, at] : asked_) *to = data_.get() + at;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16, kHugePage = 2 << 20;  // floats, bytes
+  struct Free {
+    void operator()(float* data) const { std::free(data); }
+  };
+  std::vector<std::pair<float**, int64_t>> asked_;
+  int64_t size_ = 0;
+  std::unique_ptr<float, Free> data_;
 };
 
 struct Kernels {
@@ -90,11 +120,14 @@ class FloatWeights {
     unpacked_ = dtype != DType::f32 || weights_.in != 1;
   }
 
-  void unpack_all(int64_t jobs) {
-    if (!unpacked_) return;
-    all_ = Buffer(factor_.blocks * block_size());
+  void ask_for_all(Workspace& space) {
+    if (unpacked_) space.ask(&all_, factor_.blocks * block_size());
+  }
+
+  void unpack_all(int64_t jobs) const {
+    if (!all_) return;
     share_work(jobs, factor_.blocks, [&](int64_t, int64_t b) {
-      unpack(b, 0, factor_.out, all_.data() + b * block_size());
+      unpack(b, 0, factor_.out, all_ + b * block_size());
     });
   }
 
@@ -106,8 +139,8 @@ class FloatWeights {
       const auto* data = static_cast<const float*>(weights_.data);
       return {data + b * weights_.block + from * weights_.out, weights_.out};
     }
-    if (all_.data()) {
-      return {all_.data() + b * block_size() + from * unit() * row_size(), row_size()};
+    if (all_) {
+      return {all_ + b * block_size() + from * unit() * row_size(), row_size()};
     }
     unpack(b, from, outs, own);
     return {own, row_size()};
@@ -129,7 +162,7 @@ class FloatWeights {
   bool conjugate_, unpacked_;
   Factor factor_;
   Weights weights_;
-  Buffer all_;
+  float* all_ = nullptr;
 };
 
 // Lines of blocks of `items` items. Blocks are an odd number of lines apart, so that lines that
@@ -156,6 +189,11 @@ inline std::vector<int32_t> transposed_lines(int64_t rows, int64_t columns, cons
   return lines;
 }
 
+// Items [from, to) of a block.
+struct Part {
+  int64_t block, from, to;
+};
+
 // Parts of blocks' outputs, no smaller than `least`, for threads to share.
 struct Parts {
   int64_t blocks, size, parts;
@@ -164,9 +202,11 @@ struct Parts {
     parts = std::clamp<int64_t>(ceil_div(4 * jobs, blocks), 1, ceil_div(size, least));
   }
   int64_t count() const { return blocks * parts; }
-  int64_t block(int64_t i) const { return i / parts; }
-  int64_t from(int64_t i) const { return size * (i % parts) / parts; }
-  int64_t to(int64_t i) const { return size * (i % parts + 1) / parts; }
+  Part at(int64_t i) const { return at(i, size); }
+  // As many parts of blocks of another size.
+  Part at(int64_t i, int64_t size) const {
+    return {i / parts, size * (i % parts) / parts, size * (i % parts + 1) / parts};
+  }
 };
 
 // Before new memory is written: its first touch costs more than what is written.

@@ -70,6 +70,7 @@ SIZES = [
     {"k": 4, "q": 30, "p": 20, "l": 5, "s": 23, "N": 7},
     {"k": 2, "q": 15, "p": 300, "l": 1, "s": 23, "N": 7},
     {"k": 3, "q": 3, "p": 3, "l": 9, "s": 3, "N": 1090},  # more rows than are summed first
+    {"k": 32, "q": 70, "p": 66, "l": 35, "s": 68, "N": 150},  # what is between leaves the caches
 ]
 
 
@@ -78,6 +79,14 @@ SIZES = [
 @pytest.mark.parametrize("kind", [Case, Blocks])
 def test_sizes(kind: type[Case], size: dict[str, int], dtype: torch.dtype, isa: str) -> None:
     check_here(kind(**size, dtype=dtype))
+
+
+# More than tiles of rows would fetch again and again: threads take blocks for all rows.
+MANY_WEIGHTS = Case(k=64, q=128, p=200, l=64, s=200, N=150)
+
+
+def test_many_weights() -> None:
+    check_here(MANY_WEIGHTS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,6 +99,8 @@ THREADED = [
     Case(k=16, q=32, p=32, l=32, s=32, N=300),  # tiles of rows
     Case(k=16, q=32, p=32, l=32, s=32, N=40),  # fewer panels than threads share
     Case(k=2, q=128, p=128, l=2, s=128, N=3),  # parts of blocks
+    Case(k=33, q=40, p=37, l=20, s=66, N=1200),  # rounds of rows, out of the caches
+    MANY_WEIGHTS,
     Case(k=16, q=32, p=32, l=32, s=32, N=40, dtype=torch.bfloat16),
     Case(k=3, q=60, p=100, l=45, s=25, N=1100, dtype=torch.complex64),
     Blocks(k=16, q=64, p=64, N=300),
