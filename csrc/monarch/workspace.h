@@ -177,12 +177,15 @@ struct Lines {
 // A matrix [rows, columns] of items, transposed: the line of item (i, j) in [columns, rows], for
 // every float of the items in their order.
 inline std::vector<int32_t> transposed_lines(int64_t rows, int64_t columns, const Lines& to) {
-  std::vector<int32_t> lines;
-  lines.reserve(rows * columns * to.unit);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t part = 0; part < to.unit; ++part) {
-        lines.push_back(int32_t(to.at(j * rows + i) + part));
+  std::vector<int32_t> lines(rows * columns * to.unit);
+  int64_t line = 0, left = to.items;  // of a block
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      int32_t* item = &lines[(i * columns + j) * to.unit];
+      for (int64_t part = 0; part < to.unit; ++part) item[part] = int32_t(line++);
+      if (--left == 0) {
+        line += to.block() - to.items * to.unit;
+        left = to.items;
       }
     }
   }

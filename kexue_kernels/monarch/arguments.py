@@ -12,15 +12,16 @@ from torch import Tensor
 from kexue_kernels import autocast, checks, options
 
 
-def in_autocast_dtype(*tensors: Tensor | None) -> list[Any]:
+def in_autocast_dtype(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """As `torch.nn.functional.linear` takes them: in autocast's dtype where that is on."""
-    kind = next(x.device.type for x in tensors if x is not None)
+    kind = first.device.type
     if not autocast.enabled(kind):
-        return list(tensors)
+        return first, *others
     dtype = torch.get_autocast_dtype(kind)
-    return [
-        x if x is None or x.dtype not in checks.HALF_AND_SINGLE else x.to(dtype) for x in tensors
-    ]
+    return tuple(
+        x if x is None or x.dtype not in checks.HALF_AND_SINGLE else x.to(dtype)
+        for x in (first, *others)
+    )
 
 
 def tensors(**given: object) -> None:
@@ -75,4 +76,9 @@ def check_rank(value: object, s: int, p: int) -> None:
 
 def flat(x: Tensor) -> Tensor:
     """[N, features], copied only where the leading axes don't fold."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """[N, features] -> features for each of x's leading axes."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])

@@ -63,7 +63,7 @@ class Product:
         *factors, bias, backend = args
         launcher = launcher_of("monarch", self.name, backend, x)
         bias = None if bias is None else plain(bias)
-        if any(t.numel() == 0 for t in (x, *factors)):  # nothing to add up
+        if not all(map(Tensor.numel, (x, *factors))):  # nothing to add up
             y = x.new_zeros(x.shape[0], _out_features(factors))
             return y if bias is None else y.copy_(bias)
         return launcher.forward(plain(x), *map(plain, factors), bias)
@@ -111,7 +111,7 @@ class Product:
         if x is None:  # what stands for it is never read
             x = grad.new_empty(()).expand(grad.shape[0], _in_features(factors))
         inputs = [plain(t) for t in (x, *factors)]
-        if any(t.numel() == 0 for t in (grad, *inputs)):
+        if not all(map(Tensor.numel, (grad, *inputs))):
             pairs = zip(inputs, wanted, strict=True)
             return tuple(t.new_zeros(t.shape) if want else None for t, want in pairs)
         return launcher.backward(plain(grad), *inputs, wanted)

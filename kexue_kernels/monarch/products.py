@@ -50,7 +50,7 @@ def monarch_matmul(
     if launchers.served_by_reference("monarch_matmul", x, backend):
         return reference.monarch_matmul(x, w1, w2, bias)
     y = operators.monarch_matmul(arguments.flat(x), w1, w2, bias, backend)
-    return y.view(*x.shape[:-1], features)
+    return arguments.unflat(y, x)
 
 
 def block_diag_matmul(
@@ -90,7 +90,7 @@ def block_diag_matmul(
     if launchers.served_by_reference("block_diag_matmul", x, backend):
         return reference.block_diag_matmul(x, w, bias)
     y = operators.block_diag_matmul(arguments.flat(x), w, bias, backend)
-    return y.view(*x.shape[:-1], features)
+    return arguments.unflat(y, x)
 
 
 def monarch_to_dense(w1: Tensor, w2: Tensor) -> Tensor:
