@@ -62,6 +62,11 @@ def resolve(backend: str) -> str:
     return backend
 
 
+def default() -> str:
+    """What "auto" means here."""
+    return _default.get()
+
+
 Reasons = Callable[[], list[str]]
 
 

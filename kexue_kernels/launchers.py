@@ -30,7 +30,9 @@ def served_by_reference(op: str, x: Tensor, backend: str) -> bool:
 
 
 def launcher_of(family: str, op: str, backend: str, data: Tensor) -> ModuleType:
-    return launcher(family, op, dispatch.resolve(backend), data.device, data.dtype)
+    if backend == "auto":
+        backend = dispatch.default()
+    return launcher(family, op, backend, data.device, data.dtype)
 
 
 @functools.cache  # choosing anew would cost more than a small call

@@ -16,6 +16,11 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 Function = Callable[..., Any]
 
+_modes = torch._C._len_torch_dispatch_stack  # each look-up would cost as much as the call
+_tracing_state = torch._C._get_tracing_state
+_includes = torch._C._dispatch_tls_is_dispatch_key_included
+_BATCHED_GRADS: Any = torch._C._parse_dispatch_key("VmapMode")
+
 # Not the subclasses of Tensor, such as fake ones, which dispatch in their own way.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
@@ -70,7 +75,7 @@ class Operator:
             return self.transformed(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self.overload(*args)
-        if torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args)):
+        if _is_watched() or not _PLAIN.issuperset(map(type, args)):
             return self.overload(*args)
         if args[0].is_meta:  # served by the fake
             return self.overload(*args)
@@ -148,6 +153,11 @@ def _of_none(overload: Function, in_dims: tuple[int | None, ...], args: tuple[An
     if isinstance(found, torch.Tensor):
         return found.new_empty(0, *found.shape), 0
     return tuple(x.new_empty(0, *x.shape) for x in found), (0,) * len(found)
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode, torch.jit.trace or the vmap of `is_grads_batched` is active."""
+    return _modes() > 0 or _tracing_state() is not None or _includes(_BATCHED_GRADS)
 
 
 def _is_transformed() -> bool:
