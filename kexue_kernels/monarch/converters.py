@@ -129,6 +129,7 @@ def _rank(w1: object, w2: object, names: tuple[str, str] = ("w1", "w2")) -> int:
         checks.ndim(name, value, 3, "[blocks, out, in]")
     assert isinstance(w1, Tensor)
     assert isinstance(w2, Tensor)
+    checks.dtype(names[0], w1, checks.FLOATING)
     checks.dtype(names[1], w2, (w1.dtype,))
     checks.device(names[1], w2, w1.device, names[0])
     k, q, _ = w1.shape

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kexue_kernels import checks, options
+from kexue_kernels.autocast import without_autocast
 from kexue_kernels.monarch import arguments
 
 _CHUNK = 1 << 24  # elements whose factors are sought at once: bounds what the solvers allocate
@@ -35,7 +36,8 @@ def project_to_monarch(
     Halves are computed in float32. What the factors lose beyond the nearest Monarch is at the
     level of the computing dtype, whichever method finds them: an SVD of all blocks, or where that
     is slow (thin blocks, and any on a GPU) eigenvectors of their Gram matrices in float64.
-    Takes its input detached: no gradient flows through.
+    Takes its input detached: no gradient flows through. On the meta device results have shapes
+    and dtypes alone.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -54,6 +56,7 @@ def project_to_monarch(
     return nearest_monarch(weight, k, l, k * l * rank)
 
 
+@without_autocast
 def nearest_monarch(weight: Tensor, k: int, l: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest Monarch with w1 [k, hidden / k, in / k] and w2 [l, out / l, hidden / l].
 
@@ -61,7 +64,7 @@ def nearest_monarch(weight: Tensor, k: int, l: int, hidden: int) -> tuple[Tensor
     output block m mod l: where l doesn't divide hidden / k some pairs of blocks have one unit,
     and so one rank, more than others. Units beyond a pair's full rank are zero.
     """
-    if not weight.isfinite().all():
+    if not weight.is_meta and not weight.isfinite().all():
         raise ValueError("weight: expected finite values, got NaN or infinity")
     blocks, root = _scaled_blocks(weight.detach(), k, l)  # [l, k, s, p]
     q = hidden // k
@@ -95,7 +98,8 @@ def _scaled_blocks(weight: Tensor, k: int, l: int) -> tuple[Tensor, Tensor]:
     root is a power of two, so that it changes no digit.
     """
     wide = weight.to(checks.state_dtype(weight.dtype))
-    _, exponent = torch.frexp(wide.abs().max())
+    parts = torch.view_as_real(wide.resolve_conj()) if wide.is_complex() else wide
+    _, exponent = torch.frexp(parts.abs().max())  # |a + bi| itself could overflow
     root = torch.ldexp(torch.ones_like(exponent, dtype=wide.real.dtype), exponent // 2)
     s, p = weight.shape[0] // l, weight.shape[1] // k
     return wide.reshape(s, l, k, p).permute(1, 2, 0, 3) / root / root, root

@@ -46,8 +46,9 @@ def hadamard(
         raise ValueError(f"n: expected a power of two, got {n}")
     scale = _scale(n, norm)
     _check_dtype(dtype, checks.FLOATING)
-    w1 = (scale * _sylvester(p)).expand(k, p, p)
-    w2 = _sylvester(k).expand(p, k, k)
+    device = torch.get_default_device() if device is None else device
+    with torch.device("cpu"):
+        w1, w2 = (scale * _sylvester(p)).expand(k, p, p), _sylvester(k).expand(p, k, k)
     return w1.to(device, dtype).contiguous(), w2.to(device, dtype).contiguous()
 
 
@@ -97,10 +98,12 @@ def dft(
         scale = 1 / (n * scale)
     _check_dtype(dtype, checks.COMPLEX)
     sign = 1 if inverse else -1
-    i, f, j = torch.arange(k), torch.arange(p), torch.arange(p)
-    phase = i[:, None, None] * f[:, None] + k * f[:, None] * j  # [k, f, j], of w_n
-    w1 = scale * _roots(sign * phase, n)
-    w2 = _roots(sign * torch.outer(i, i), k).expand(p, k, k)
+    device = torch.get_default_device() if device is None else device
+    with torch.device("cpu"):
+        i, f, j = torch.arange(k), torch.arange(p), torch.arange(p)
+        phase = i[:, None, None] * f[:, None] + k * f[:, None] * j  # [k, f, j], of w_n
+        w1 = scale * _roots(sign * phase, n)
+        w2 = _roots(sign * torch.outer(i, i), k).expand(p, k, k)
     permutation = torch.arange(n, device=device).view(p, k).T.reshape(n)
     return w1.to(device, dtype), w2.to(device, dtype).contiguous(), permutation
 

@@ -116,6 +116,7 @@ def test_factors_that_dont_fit(
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        (lambda: converters.from_einsum(W1.long(), W2), ValueError, ["w1", "float32", "int64"]),
         (lambda: converters.from_einsum(W1, W2, 3), ValueError, ["b2", "w2's 4 rows", "3"]),
         (lambda: converters.from_einsum(W1, W2, 0), ValueError, ["b2", "at least 1", "0"]),
         (lambda: converters.from_einsum(W1, W2, 2.0), TypeError, ["b2", "int", "float"]),

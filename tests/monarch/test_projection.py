@@ -318,6 +318,34 @@ def test_any_strides() -> None:
         assert part.is_contiguous()
 
 
+@pytest.mark.parametrize("nblocks", [4, (16, 2)], ids=["by SVD", "by Gram"])
+def test_autocast_changes_nothing(nblocks: int | tuple[int, int]) -> None:
+    weight = torch.randn(32, 32)
+    expected = project_to_monarch(weight, nblocks, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = project_to_monarch(weight, nblocks, 2)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.float64], ids=str)
+def test_on_the_meta_device(dtype: torch.dtype) -> None:
+    weight = torch.ones(20, 24, dtype=dtype)
+    for found, expected in zip(
+        project_to_monarch(weight.to("meta"), (4, 5), 2),
+        project_to_monarch(weight, (4, 5), 2),
+        strict=True,
+    ):
+        assert found.is_meta
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+def test_complex_numbers_whose_absolute_values_no_single_holds() -> None:
+    w1, w2, error = project_to_monarch(torch.full((4, 6), 3e38 - 3e38j), 2, 1)
+    assert error < 1e-6
+    torch.testing.assert_close(dense(w1, w2).imag / 3e38, -torch.ones(4, 6, dtype=torch.float64))
+
+
 WEIGHT = torch.zeros(6, 8)
 
 

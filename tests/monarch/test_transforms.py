@@ -1,5 +1,7 @@
 """hadamard and dft as Monarchs: against Sylvester's definition and torch.fft, to 1e-6."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,16 @@ def test_dft_in_double_is_exact_to_double(n: int) -> None:
     x = torch.randn(2, n, dtype=torch.complex128)
     made = monarch_matmul(x[..., permutation], w1, w2)
     torch.testing.assert_close(made, torch.fft.fft(x), rtol=1e-12, atol=1e-12 * n)
+
+
+@pytest.mark.parametrize("make", [hadamard, dft])
+def test_the_default_device_is_followed_unless_one_is_given(make: Callable) -> None:
+    expected = make(8)
+    with torch.device("meta"):
+        assert all(found.is_meta for found in make(8))
+        given = make(8, device="cpu")
+    for found, other in zip(given, expected, strict=True):
+        assert torch.equal(found, other)
 
 
 def test_projection_finds_the_dft_again() -> None:

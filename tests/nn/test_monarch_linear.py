@@ -164,6 +164,10 @@ def test_on_the_meta_device() -> None:
     layer = MonarchLinear(8, 12, device="meta")
     assert layer(torch.empty(3, 8, device="meta")).shape == (3, 12)
     assert layer.to_empty(device="cpu").w1.device.type == "cpu"
+    made = MonarchLinear.from_linear(nn.Linear(8, 12, device="meta"), rank=1)
+    assert made.w1.is_meta
+    assert made.w2.shape == (4, 3, 4)
+    assert made.to_linear().weight.is_meta
 
 
 BAD = [

@@ -110,6 +110,9 @@ def test_layers_that_dont_fit_are_left_alone() -> None:
         "2": "4 blocks don't divide 10 -> 8",
         "3": "rank 2 is above that of a block, 1 (4 -> 8)",
     }
+    empty = nn.Linear(8, 8)
+    empty.weight, empty.in_features = nn.Parameter(torch.empty(8, 0)), 0
+    assert reasons(monarchize(nn.Sequential(empty), 4)) == {"0": "has no elements (0 -> 8)"}
     assert reasons(monarchize(nn.Sequential(nn.Linear(9, 9)), (3, 2))) == {
         "0": "(3, 2) blocks don't divide 9 -> 9"
     }
@@ -122,6 +125,15 @@ def test_a_layer_in_two_places_stays_one() -> None:
     assert model[0] is model[1][0]
     assert isinstance(model[0], MonarchLinear)
     assert [layer.path for layer in report.converted] == ["0"]
+
+
+def test_a_filter_that_refuses_one_place_leaves_the_layer_in_all() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"body": nn.Sequential(shared), "head": shared})
+    report = monarchize(model, 2, filter=lambda path, _: path != "head")
+    assert model["head"] is shared
+    assert model["body"][0] is shared
+    assert reasons(report) == {"body.0": "refused by the filter"}
 
 
 def test_a_weight_that_others_hold_is_left_alone() -> None:
@@ -153,11 +165,14 @@ def test_layers_whose_weight_others_read_are_left_alone() -> None:
 def test_hooks_subclasses_and_meta_layers_are_left_alone() -> None:
     hooked, normed = nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
     hooked.register_forward_hook(lambda *_: None)
-    model = nn.Sequential(hooked, normed, nn.Linear(8, 8, device="meta"))
+    patched = nn.Linear(8, 8)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    model = nn.Sequential(hooked, normed, nn.Linear(8, 8, device="meta"), patched)
     found = reasons(monarchize(model, 2))
     assert "hooks" in found["0"]
     assert "ParametrizedLinear" in found["1"]
     assert "meta" in found["2"]
+    assert "forward" in found["3"]
 
 
 def test_an_error_names_its_layer_and_changes_nothing() -> None:
@@ -199,6 +214,7 @@ def test_report_is_a_table() -> None:
         (lambda: monarchize(perceptron(), (2,)), ValueError, ["nblocks", "pair", "(2,)"]),
         (lambda: monarchize(perceptron(), 2, 0), ValueError, ["rank", "at least 1", "0"]),
         (lambda: monarchize(perceptron(), 2, 1.5), TypeError, ["rank", "int", "float"]),
+        (lambda: monarchize(perceptron(), 2, 1, "0"), TypeError, ["filter", "callable", "str"]),
     ],
 )
 def test_bad_input(call: object, error: type[Exception], words: list[str]) -> None:

@@ -75,16 +75,17 @@ def monarchize(
         model: any module that holds Linear layers.
         nblocks: the blocks (k, l) of the two factors, or an int for both.
         rank: of each block; None for full blocks, as in `MonarchLinear`.
-        filter: called with each layer's path and module; False leaves the layer alone. It is
-            for layers whose weight something else reads, and those not worth an error.
+        filter: called with each layer's path and module; False leaves the layer alone, in every
+            place where it stands. It is for layers whose weight something else reads, and those
+            not worth an error.
 
     Returns:
         `.converted`, with each layer's path, relative error, parameters and FLOPs a row before
         and after; and `.skipped`, a list of (path, reason). Skipped are layers that `filter`
         refuses, whose sizes nblocks doesn't divide or rank exceeds, that share a parameter with
-        another module, that have hooks, or whose owner is known to read the weight itself
-        (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`). A layer that stands in several
-        places is replaced by one in all of them.
+        another module, that have hooks or a forward of their own, or whose owner is known to read
+        the weight itself (`nn.MultiheadAttention`, `nn.TransformerEncoderLayer`). A layer that
+        stands in several places is replaced by one in all of them.
 
     New parameters have the dtype, device and requires_grad of the old; an optimizer still
     holds the old ones, so make it afterwards. Either all layers are replaced or, where an error
@@ -98,14 +99,15 @@ def monarchize(
     Source: Dao et al., "Monarch: Expressive Structured Matrices for Efficient and Accurate
     Training" (2022), section 5.3: dense to sparse fine-tuning.
     """
-    k, l = _checked(model, nblocks, rank)
+    k, l = _checked(model, nblocks, rank, filter)
     report = MonarchReport([], [])
     made: dict[nn.Linear, MonarchLinear] = {}
     places = _places(model)
     for linear, paths in places.items():
         reason = _reason_against(model, linear, paths, k, l, rank)
-        if reason is None and filter is not None and not filter(paths[0], linear):
-            reason = "refused by the filter"
+        if reason is None and filter is not None:
+            wanted = all(filter(path, linear) for path in paths)
+            reason = None if wanted else "refused by the filter"
         if reason is not None:
             report.skipped.append((paths[0], reason))
             continue
@@ -122,7 +124,7 @@ def monarchize(
     return report
 
 
-def _checked(model: object, nblocks: object, rank: int | None) -> tuple[int, int]:
+def _checked(model: object, nblocks: object, rank: int | None, filter: object) -> tuple[int, int]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.Linear):
@@ -137,6 +139,8 @@ def _checked(model: object, nblocks: object, rank: int | None) -> tuple[int, int
         options.integer(f"nblocks ({name})", count)
     if rank is not None:
         options.integer("rank", rank)
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter: expected a callable or None, got {type(filter).__name__}")
     return pair[0], pair[1]
 
 
@@ -157,6 +161,8 @@ def _reason_against(
         return f"a {type(linear).__name__}, not a plain Linear"
     if any(getattr(linear, hooks) for hooks in _HOOKS):
         return "has hooks, which a new module would not run"
+    if "forward" in vars(linear):
+        return "has a forward of its own, which a new module would not run"
     for path in paths:
         if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
             return "its TransformerEncoderLayer reads the weight itself"
@@ -188,7 +194,9 @@ def _misfit(linear: nn.Linear, k: int, l: int, rank: int | None) -> str | None:
         blocks = f"{k} blocks don't" if k == l else f"({k}, {l}) blocks don't"
         return f"{blocks} divide {size}"
     full = min(linear.in_features // k, linear.out_features // l)
-    if full == 0 or (rank is not None and rank > full):
+    if full == 0:
+        return f"has no elements ({size})"
+    if rank is not None and rank > full:
         return f"rank {rank} is above that of a block, {full} ({size})"
     return None
 
