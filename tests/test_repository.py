@@ -173,7 +173,7 @@ print(started)
     [
         ("triton", "triton", False, "Triton is not installed"),
         ("kexue_kernels._C", "cpu", True, "blocked PyTorch"),
-        ("kexue_kernels._C", "cuda", False, "does not load"),
+        ("kexue_kernels._C", "cuda", False, "is not built"),
     ],
 )
 def test_works_without(blocked: str, backend: str, available: bool, words: str) -> None:

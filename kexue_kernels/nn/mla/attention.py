@@ -17,7 +17,7 @@ from kexue_kernels.nn.mla import parallel
 from kexue_kernels.nn.mla.cache import SelectedSequences
 from kexue_kernels.nn.mla.config import options_of
 from kexue_kernels.nn.mla.rope import RopeScaling, RotaryAngles
-from kexue_kernels.nn.mla.step import DecodeStep, Step
+from kexue_kernels.nn.mla.step import DecodeStep, Step, taking
 
 __all__ = ["MultiheadLatentAttention", "expanding_is_cheaper"]
 
@@ -195,6 +195,7 @@ class MultiheadLatentAttention(nn.Module):
             cache: `PagedLatentCache.select(seq_ids)` of B sequences, or a
                 `kexue_kernels.nn.mla.DecodeStep` of them: the tokens are appended to these, and see
                 what they held. For inference: raises in grad mode where anything requires grad.
+                Under torch.compile the former breaks the graph once, the latter doesn't.
             position_ids: int32 or int64 [T] or [B, T], what RoPE turns by; 0 to T - 1, or on from
                 what the cache holds, if None. Which tokens a token sees doesn't depend on it.
             cu_seqlens: boundaries of sequences packed along T in a batch of 1, as in
@@ -214,7 +215,12 @@ class MultiheadLatentAttention(nn.Module):
             self._check_cache(cache, x)
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens: expected None with a cache")
-            y = self._cached(x, cache, position_ids)
+            if isinstance(cache, DecodeStep):  # lengths are unknown on the host: expands nothing
+                step, expand = cache.tensors, False
+            else:
+                past, step = taking()(cache, x.shape[1], self.backend)
+                expand = expanding_is_cheaper(x.shape[1], past, **self._head_sizes())
+            y = self._cached(x, step, expand, position_ids)
         return y.to(x.dtype)
 
     def _whole(self, x: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -227,15 +233,8 @@ class MultiheadLatentAttention(nn.Module):
             q, latent, key = parallel.copied(self.process_group, q, latent, key)
         return self._output(self._expanded(*self._queries(q, angles), latent, key, cu_seqlens))
 
-    def _cached(
-        self, x: Tensor, cache: SelectedSequences | DecodeStep, position_ids: Tensor | None
-    ) -> Tensor:
+    def _cached(self, x: Tensor, step: Step, expand: bool, position_ids: Tensor | None) -> Tensor:
         B, T, _ = x.shape
-        if isinstance(cache, DecodeStep):  # lengths are unknown on the host: expands nothing
-            step, expand = cache.tensors, False
-        else:
-            past, step = Step.take(cache, T, self.backend)
-            expand = expanding_is_cheaper(T, past, **self._head_sizes())
         if position_ids is None:
             position_ids = step.cache_seqlens[:, None] + torch.arange(-T, 0, device=x.device)
         angles = self._angles(position_ids.expand(B, T))

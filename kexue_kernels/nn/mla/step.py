@@ -1,7 +1,9 @@
 """Where new tokens of a batch go in a cache, and what they see: tensors on its device."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kexue_kernels.mla import operators
@@ -32,6 +34,15 @@ class Step(NamedTuple):
         slots = cache.reserve(sequences.seq_ids, tokens)
         tables = sequences.block_table(), sequences.cache_seqlens()
         return past, cls(cache.kv_cache, slots, *tables)
+
+
+def taking() -> Callable[[SelectedSequences, int, str], tuple[int, Step]]:
+    """Step.take; where torch.compile traces the caller, the one that it leaves to Python."""
+    if torch.compiler.is_dynamo_compiling():
+        from kexue_kernels.nn.mla import untraced  # imports Dynamo, which takes seconds
+
+        return untraced.take
+    return Step.take
 
 
 class DecodeStep:
