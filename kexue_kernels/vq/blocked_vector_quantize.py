@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from kexue_kernels.vq import reference
 from kexue_kernels.vq.blocked_codebook_statistics import segmented
 
 _ROWS = 1 << 14
-_SMALL = 1e-6
 
 
 def forward(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def backward(
     for g, x_b, indices_b, out in zip(*parts, strict=True):
         q = codebook[indices_b.clamp(min=0)].float()
         passed = _passed(g.float(), x_b.float(), q, gradient)
-        total = passed + scale * (x_b.float() - q)
+        total = passed + (scale * (x_b.double() - q)).float()  # the difference may overflow
         out.copy_(torch.where((indices_b >= 0)[:, None], total, 0))
     if scale_c is None:
         return grad_x, codebook.new_empty(0)
@@ -52,17 +52,9 @@ def _passed(g: Tensor, x: Tensor, q: Tensor, gradient: str) -> Tensor:
     """What of the gradient g of q reaches x, all [N, d]."""
     if gradient == "ste":
         return g
-    x_norm, q_norm = _norm(x), _norm(q)
-    u, p = x / x_norm.clamp(min=_SMALL), torch.where(q_norm > 0, q / q_norm, 0)
-    w = u + p
-    w_norm = _norm(w)
-    w = torch.where(w_norm < _SMALL, 0, w / w_norm)
+    u, p, w, s, is_short = reference.rotation(x, q)
     turned = g - 2 * w * (w * g).sum(1, keepdim=True) + 2 * u * (p * g).sum(1, keepdim=True)
-    return torch.where(x_norm < _SMALL, g, q_norm / x_norm.clamp(min=_SMALL) * turned)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(is_short, g, s * turned)
 
 
 def _terms(x: Tensor, indices: Tensor) -> Tensor:

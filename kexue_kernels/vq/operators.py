@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kexue_kernels import registry
 from kexue_kernels.checks import state_dtype
-from kexue_kernels.launchers import launcher_of
-from kexue_kernels.vq import arguments
+from kexue_kernels.dispatch import resolve
+from kexue_kernels.launchers import launcher_of, served_by_reference
+from kexue_kernels.vq import arguments, reference
 
 
 def _search_fake(x: Tensor, codebook: Tensor, metric: str, precision: str, backend: str) -> Tensor:
@@ -37,6 +38,8 @@ def nearest_codebook(
     x: Tensor, codebook: Tensor, metric: str, precision: str, backend: str
 ) -> Tensor:
     """int64 [H, N] of x [H, N, d] and codebook [H, K, d]."""
+    if served_by_reference("nearest_codebook", x, resolve(backend)):
+        return reference.nearest_codebook(x, codebook, metric=metric, precision=precision)
     launcher = launcher_of("vq", "nearest_codebook", backend, x)
     if x.numel() == 0 or codebook.numel() == 0:  # codes of no channels are all equal
         return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -163,6 +166,8 @@ def codebook_statistics(
     x: Tensor, indices: Tensor, num_codes: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """counts int64 [K] and sums float32 [K, d] of x [N, d] by indices [N]."""
+    if served_by_reference("codebook_statistics", x, resolve(backend)):
+        return reference.codebook_statistics(x, indices, num_codes)
     arguments.indices_in_range(indices, num_codes)
     launcher = launcher_of("vq", "codebook_statistics", backend, x)
     if indices.numel() == 0 or x.shape[1] == 0:

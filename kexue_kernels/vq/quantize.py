@@ -62,9 +62,8 @@ def vector_quantize(
     arguments.one_of("precision", precision, arguments.PRECISIONS)
     backend = dispatch.resolve(backend)
     if launchers.served_by_reference("vector_quantize", x, backend):
-        return reference.vector_quantize(
-            x, codebook, metric=metric, gradient=gradient, precision=precision
-        )
+        indices = nearest_codebook(x, codebook, metric=metric, precision=precision, backend=backend)
+        return reference.quantized_by(x, codebook, indices, gradient)
     heads, d = codebook.shape[:-2], x.shape[-1]
     rows = x.reshape(*heads, math.prod(x.shape[len(heads) : -1]), d)  # copied once at most
     options = {"metric": metric, "precision": precision, "backend": backend}

@@ -72,12 +72,17 @@ def vector_quantize(
 ) -> VectorQuantized:
     """Each row's nearest code, with a gradient. See `kexue_kernels.vector_quantize`."""
     indices = nearest_codebook(x, codebook, metric=metric, precision=precision)
+    return quantized_by(x, codebook, indices, gradient)
+
+
+def quantized_by(x: Tensor, codebook: Tensor, indices: Tensor, gradient: str) -> VectorQuantized:
+    """`vector_quantize` with the nearest codes' indices [...] given."""
     valid = (indices >= 0)[..., None]
     wide = state_dtype(x.dtype)
-    codes = codes_at(codebook, indices.clamp(min=0))  # [..., d]
-    q = torch.where(valid, codes, 0).to(wide)
+    codes = codes_at(codebook.to(wide), indices.clamp(min=0))  # [..., d]; its gradient is a sum
+    q = torch.where(valid, codes, 0)
     kept = torch.where(valid, x, 0).to(wide)  # zero where there is no code: no gradient
-    quantized = Replace.apply(estimate(kept, q.detach(), gradient), codes.detach())
+    quantized = Replace.apply(estimate(kept, q.detach(), gradient), codes.detach().to(x.dtype))
     quantized = torch.where(valid, quantized, torch.nan)
     terms = (valid.sum() * x.shape[-1]).clamp(min=1)
     commitment_loss = (kept - q.detach()).square().sum() / terms
@@ -123,18 +128,27 @@ def estimate(x: Tensor, q: Tensor, gradient: str) -> Tensor:
     if gradient == "ste":
         return x
     with torch.no_grad():
-        x_norm, q_norm = norm(x), norm(q)
-        u = x / x_norm.clamp(min=_SMALL)
-        p = torch.where(q_norm > 0, q / q_norm, 0)
-        w = u + p
-        w = torch.where(norm(w) < _SMALL, 0, w / norm(w))
-        s = q_norm / x_norm.clamp(min=_SMALL)
+        u, p, w, s, is_short = rotation(x, q)
     rotated = x - 2 * w * (w * x).sum(-1, keepdim=True) + 2 * p * (u * x).sum(-1, keepdim=True)
-    return torch.where(x_norm < _SMALL, x, s * rotated)
+    return torch.where(is_short, x, s * rotated)
+
+
+def rotation(x: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    """Of rows [..., d]: u = x / |x|, p = q / |q| (0 of 0), w = (u + p) / |u + p|, s = |q| / |x|
+    [..., 1], and where x is too short to have a direction."""
+    x_norm, q_norm = norm(x), norm(q)
+    is_short = x_norm < _SMALL
+    u = (x / x_norm.clamp(min=_SMALL)).to(x.dtype)
+    p = torch.where(q_norm > 0, q / q_norm, 0).to(x.dtype)
+    w = u + p
+    w = torch.where(norm(w) < _SMALL, 0, w / norm(w)).to(x.dtype)
+    s = torch.where(is_short, 1, q_norm / x_norm.clamp(min=_SMALL)).to(x.dtype)
+    return u, p, w, s, is_short
 
 
 def norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    """In float64, where no square of a float32 overflows."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def codebook_statistics(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -180,6 +194,7 @@ def ema_step_(
     total = cluster_size.sum(-1, keepdim=True)
     smoothed = (cluster_size + eps) / (total + cluster_size.shape[-1] * eps) * total
     means = embed_sum / smoothed[..., None]
+    means = means.to(codebook.dtype)  # copy_ to another dtype may miss that a half is negated
     return codebook.copy_(torch.where(smoothed[..., None] > 0, means, codebook))
 
 

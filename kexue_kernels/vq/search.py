@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
-from kexue_kernels import dispatch, launchers
-from kexue_kernels.vq import arguments, operators, reference
+from kexue_kernels import dispatch
+from kexue_kernels.vq import arguments, operators
 
 
 def nearest_codebook(
@@ -48,8 +48,6 @@ def nearest_codebook(
     arguments.one_of("metric", metric, arguments.METRICS)
     arguments.one_of("precision", precision, arguments.PRECISIONS)
     backend = dispatch.resolve(backend)
-    if launchers.served_by_reference("nearest_codebook", x, backend):
-        return reference.nearest_codebook(x, codebook, metric=metric, precision=precision)
     indices = operators.nearest_codebook(
         heads_and_rows(x, codebook),
         codebook.detach() if codebook.ndim == 3 else codebook.detach()[None],

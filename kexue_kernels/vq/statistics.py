@@ -41,8 +41,6 @@ def codebook_statistics(
     arguments.indices_of(x, indices)
     arguments.integer("num_codes", num_codes, smallest=1)
     backend = dispatch.resolve(backend)
-    if launchers.served_by_reference("codebook_statistics", x, backend):
-        return reference.codebook_statistics(x, indices, num_codes)
     rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return operators.codebook_statistics(rows, indices.reshape(-1), num_codes, backend)
 
@@ -160,7 +158,7 @@ def _check_running(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor) ->
     checks.ndim("codebook", codebook, 2, "[K, d]")
     if codebook.shape[0] < 1:
         raise ValueError(f"codebook: expected at least one code, got {list(codebook.shape)}")
-    checks.written("codebook", codebook)
+    _check_written("codebook", codebook)
     running = (
         ("cluster_size", cluster_size, codebook.shape[:1], "[K]"),
         ("embed_sum", embed_sum, codebook.shape, "[K, d]"),
@@ -170,4 +168,17 @@ def _check_running(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor) ->
         checks.dtype(name, value, (checks.state_dtype(codebook.dtype),))
         checks.shape(name, value, tuple(shape), axes)
         checks.device(name, value, codebook.device, "codebook")
-        checks.written(name, value)
+        _check_written(name, value)
+    if embed_sum is codebook:
+        raise ValueError("embed_sum: expected a tensor of its own, got codebook itself")
+
+
+def _check_written(name: str, value: Tensor) -> None:
+    checks.written(name, value)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    if value.is_inference():
+        raise ValueError(
+            f"{name}: expected a tensor that may be written to outside inference mode, got one "
+            f"made in inference mode"
+        )

@@ -34,7 +34,6 @@ def step(
     size = cluster_size if cluster_size.ndim == 2 else cluster_size[None]
     G, K, d = codes.shape
     blocks = triton.cdiv(K, SIZES)
-    BLOCK_K, BLOCK_D = configure(d)
     totals = torch.empty(G, blocks, dtype=torch.float32, device=codebook.device)
     with launching_on(codebook):
         size_kernel[(blocks, G)](
@@ -50,6 +49,7 @@ def step(
         )
         if d == 0:
             return codebook
+        BLOCK_K, BLOCK_D = configure(d)
         mean_kernel[(triton.cdiv(K, BLOCK_K) * triton.cdiv(d, BLOCK_D), G)](
             codes,
             size,

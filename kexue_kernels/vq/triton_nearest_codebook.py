@@ -17,6 +17,7 @@ from kexue_kernels.triton_common import launching_on, multiprocessors
 from kexue_kernels.vq.triton_nearest_codebook_codes_kernel import codes_kernel, mean_kernel
 from kexue_kernels.vq.triton_nearest_codebook_kernel import certify_kernel, search_kernel
 from kexue_kernels.vq.triton_nearest_codebook_recheck_kernel import recheck_kernel, settle_kernel
+from kexue_kernels.vq.triton_nearest_codebook_scores import NONE
 
 SAMPLES = 256  # codes whose mean is taken for that of all
 RATIO = {True: 1.0, False: 16.0}  # of squares: centred halves are mostly exact only far away
@@ -156,6 +157,8 @@ class _Search:
         bias, tile = self.new(self.H, padded), self.new(self.H, self.tiles, 2)
         scale = self.new(self.H, padded) if self.cosine else None
         single = self.x.dtype == torch.float32
+        # NONE spoils no second best, but a product with the last code, if huge, may outweigh it.
+        absent = NONE.value if self.exact else float("nan")
         if mean is not None:
             step = triton.cdiv(self.K, SAMPLES)
             mean_kernel[(triton.cdiv(self.d, 16), self.H)](
@@ -164,7 +167,7 @@ class _Search:
             )  # fmt: skip
         codes_kernel[(self.tiles, self.H)](
             self.codebook, mean, bias, scale, tile, self.first, self.count,
-            self.K, self.d, self.tiles, *self.codebook.stride(), self.bounds.bias_eps,
+            self.K, self.d, self.tiles, *self.codebook.stride(), self.bounds.bias_eps, absent,
             BLOCK_K=c.BLOCK_K, BLOCK_D=64, L2=self.l2, SINGLE=single, num_warps=4,
         )  # fmt: skip
         return mean, bias, scale, tile

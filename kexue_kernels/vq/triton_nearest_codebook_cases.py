@@ -157,6 +157,7 @@ def _codes(v: _Variant) -> dict[str, object]:
         **dict.fromkeys(("K", "d", "tiles"), "i32"),
         **_strides(v, "c_head", "c_code", "c_channel"),
         "eps": "fp32",
+        "absent": "fp32",
         "BLOCK_K": v.config.BLOCK_K,
         "BLOCK_D": 64,
         "L2": v.metric == "l2",

@@ -9,7 +9,6 @@ from kexue_kernels.vq.triton_nearest_codebook_scores import (
     INFINITY,
     LONGEST,
     NAN,
-    NONE,
     SLACK,
     centred,
     load_channels,
@@ -44,11 +43,12 @@ def mean_kernel(
 @triton.jit(do_not_specialize=["K", "tiles"])
 def codes_kernel(
     codes_ptr, mean_ptr, bias_ptr, scale_ptr, tile_ptr, first_ptr, count_ptr,
-    K, d, tiles, c_head, c_code, c_channel, eps,
+    K, d, tiles, c_head, c_code, c_channel, eps, absent,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, L2: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """bias and for cosine scale [H, tiles * BLOCK_K]; of each tile the greatest length and E's
-    share of the greatest bias [H, tiles, 2]; the first finite code [H], before it K; count = 0."""
+    """bias (`absent` past the last code) and for cosine scale [H, tiles * BLOCK_K]; of each tile
+    the greatest length and E's share of the greatest bias [H, tiles, 2]; the first finite code
+    [H], before it K; count = 0."""
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     codes = tile.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = codes < K
@@ -86,7 +86,7 @@ def codes_kernel(
         length = norm
     tl.store(
         bias_ptr + head * tiles * BLOCK_K + codes,
-        tl.where(finite, tl.where(fits, bias, INFINITY), tl.where(inside, NAN, NONE)),
+        tl.where(finite, tl.where(fits, bias, INFINITY), tl.where(inside, NAN, absent)),
     )
     length = tl.where(finite, tl.where(fits, length, INFINITY), 0.0)
     out_ptr = tile_ptr + 2 * (head * tiles + tile)

@@ -152,6 +152,46 @@ def test_lazily_negated_tensors_are_updated(backend: str) -> None:
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def test_the_reference_updates_negated_halves() -> None:
+    x, indices = draw(40, 5, 3)
+    codebook, *running = state(dtype=torch.float16)
+    negated = [torch._neg_view(-codebook), *(t.clone() for t in running)]
+    vq.ema_update_(codebook, *running, x, indices, decay=0.9, backend="reference")
+    vq.ema_update_(*negated, x, indices, decay=0.9, backend="reference")
+    assert torch.equal(negated[0].resolve_neg(), codebook)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_an_update_without_channels_counts(backend: str) -> None:
+    size = torch.tensor([1.0, 1.0])
+    empty, rows = torch.empty(2, 0), torch.empty(3, 0)
+    indices = torch.tensor([0, 0, -1])
+    vq.ema_update_(empty, size, empty.clone(), rows, indices, decay=0.5, backend=backend)
+    assert size.tolist() == [1.5, 0.5]
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_tensors_are_refused_before_anything_is_written(which: int, backend: str) -> None:
+    running = state()
+    with torch.inference_mode():
+        running[which] = running[which].clone()
+        vq.ema_update_(*state(), *draw(4, 5, 3), decay=0.5, backend=backend)
+    before = [t.clone() for t in running]
+    name = ("codebook", "cluster_size", "embed_sum")[which]
+    with pytest.raises(ValueError, match=rf"{name}: .* got one made in inference mode"):
+        vq.ema_update_(*running, *draw(4, 5, 3), decay=0.5, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(running, before, strict=True))
+
+
+def test_a_codebook_is_not_its_own_sum() -> None:
+    codebook, size, _ = state()
+    before = codebook.clone()
+    with pytest.raises(ValueError, match=r"embed_sum: .* got codebook itself"):
+        vq.ema_update_(codebook, size, codebook, *draw(4, 5, 3), decay=0.5)
+    assert torch.equal(codebook, before)
+
+
 def test_nothing_is_written_where_an_argument_is_wrong() -> None:
     running = state()
     before = [t.clone() for t in running]

@@ -197,6 +197,17 @@ def test_fast_tells_what_is_finite(kind: str, metric: str) -> None:
     assert codebook[found[found >= 0]].isfinite().all()
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_fast_beside_a_code_that_float32_cannot_multiply(metric: str) -> None:
+    """It must not make columns look near that belong to no code."""
+    x = torch.tensor([[1.0, 0.1], [0.1, 1.0], [-1.0, -0.1], [-0.1, -1.0]])
+    codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3e38, 3e38]])
+    for last in (codebook, -codebook):
+        found = search(x[None], last[None], metric, "fast")[0]
+        expected = search(x[None], last[None, :2], metric, "fast")[0]
+        assert torch.equal(found, expected)
+
+
 def test_memory_beside_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under 64 MB for 65536 rows and codes, and a constant and few words each for all sizes."""
     allocated = 0

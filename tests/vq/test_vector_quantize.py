@@ -96,6 +96,50 @@ def test_near_the_opposite_direction() -> None:
         assert found.norm().item() == pytest.approx((codebook.norm() * g.norm()).item())
 
 
+def check_huge(dtype: torch.dtype, scale: float, backend: str) -> None:
+    """Squares of rows and codes are beyond float32, their quotients are not."""
+    x = torch.tensor([[0.9, 0.5], [-0.4, 0.7], [0.0, 0.0]]).mul(scale).to(dtype).requires_grad_()
+    codebook = torch.tensor([[1.0, 0.3], [-0.8, 0.9], [0.2, -0.1]]).mul(scale).to(dtype)
+    g = torch.tensor([[0.3, -0.7], [1.2, 0.5], [-0.1, 0.6]]).to(dtype)
+    out = vq.vector_quantize(x, codebook, gradient="rotation", backend=backend)
+    (found,) = torch.autograd.grad(out.quantized, x, g)
+    rows = (t.double() for t in (x.detach(), out.quantized.detach(), g))
+    expected = torch.stack([formula(*row, "rotation") for row in zip(*rows, strict=True)])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("scale", [1e22, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotation_of_huge_rows(backend: str, dtype: torch.dtype, scale: float) -> None:
+    check_huge(dtype, scale, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_of_huge_rows_in_blocks(dtype: torch.dtype, without_extension: None) -> None:
+    check_huge(dtype, 1e22, "cpu")
+    check_huge(dtype, 3e38, "cpu")
+
+
+def test_differences_beyond_float32_in_blocks(without_extension: None) -> None:
+    x, codebook = torch.full((1, 2), 3e38, requires_grad=True), torch.full((1, 2), -3e38)
+    quantized = vq.vector_quantize(x, codebook, backend="cpu").quantized
+    assert torch.autograd.grad(quantized.sum(), x)[0].tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_half_codebook_are_added_in_more(backend: str) -> None:
+    """One row's part of it is below float16's normal numbers."""
+    x = torch.ones(3000, 40, dtype=torch.float16)
+    codebook = torch.full((2, 40), 1.3, dtype=torch.float16)
+    codebook[1] = 9
+    loss = vq.vector_quantize(x, codebook.requires_grad_(), backend=backend).codebook_loss
+    (found,) = torch.autograd.grad(loss, codebook)
+    expected = (2 / 40 * (codebook[0].double() - 1)).half()
+    torch.testing.assert_close(found[0], expected.detach())
+
+
 def test_the_rotation_takes_x_to_its_code() -> None:
     """Along x itself the gradient is that of the scaling: dx.x = g.q."""
     x, codebook, g = torch.randn(3, 20, 6, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kexue_kernels import vq
 from kexue_kernels.nn.vq import VectorQuantizer
-from tests.vq.cases import nearest
+from tests.vq.cases import METRICS, nearest
 
 MODES = [{}, {"ema_decay": 0.8}, {"simvq": True}]
 
@@ -259,6 +259,20 @@ def test_module_of_another_dtype(dtype: torch.dtype) -> None:
     assert quantized.dtype == layer.codes.dtype == dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert loss.dtype == layer.cluster_size.dtype == wide
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_that_are_not_finite_get_no_gradient(metric: str, ema_decay: float | None) -> None:
+    layer = VectorQuantizer(3, 5, metric=metric, ema_decay=ema_decay)
+    x = torch.randn(4, 3)
+    x[1, 0], x[2] = torch.nan, torch.inf
+    quantized, indices, loss = layer(x.requires_grad_())
+    (quantized.nansum() + loss).backward()
+    assert indices[1:3].tolist() == [-1, -1]
+    assert x.grad[1:3].count_nonzero() == 0
+    assert x.grad[[0, 3]].isfinite().all()
+    assert quantized[[0, 3]].isfinite().all()
 
 
 def test_autocast() -> None:

@@ -130,6 +130,24 @@ def test_vmap(backend: str) -> None:
     assert torch.equal(found, vq.nearest_codebook(x, codebook).T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_reference_compiles_whole_and_maps_over_codebooks(dtype: torch.dtype) -> None:
+    backend = "auto" if dtype == torch.float64 else "reference"
+    x, codebook = torch.randn(3, 6, 4, dtype=dtype), torch.randn(3, 5, 4, dtype=dtype)
+
+    def call(rows: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+        out = kk.vector_quantize(rows, codes, gradient="rotation", backend=backend)
+        return *out, *kk.codebook_statistics(rows, out.indices, 5, backend=backend)
+
+    each = [call(*pair) for pair in zip(x, codebook, strict=True)]
+    mapped = torch.vmap(call)(x, codebook)
+    for found, expected in zip(mapped, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for found, expected in zip(compiled(x[0], codebook[0]), each[0], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_vmap_over_nothing() -> None:
     found = torch.func.vmap(kk.vector_quantize)(torch.randn(0, 4, 3), torch.randn(0, 5, 3))
     assert [x.shape for x in found] == [(0, 4, 3), (0, 4), (0,), (0,)]

@@ -22,8 +22,13 @@ def summed(x: Tensor, shared: bool) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x scaled to norm 1; as in vector-quantize-pytorch, nearly zero rows stay short."""
-    return F.normalize(x, dim=-1, eps=1e-6)
+    """x scaled to norm 1; as in vector-quantize-pytorch, nearly zero rows stay short.
+
+    A row that is not finite becomes NaN, and gets no gradient.
+    """
+    finite = x.isfinite().all(-1, keepdim=True)
+    scaled = F.normalize(torch.where(finite, x, 0), dim=-1, eps=1e-6)
+    return torch.where(finite, scaled, torch.nan)
 
 
 def counts_of(indices: Tensor, num_codes: int) -> Tensor:
