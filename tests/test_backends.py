@@ -144,6 +144,9 @@ def test_an_extension_not_built_is_told_from_one_that_does_not_load(
         (tmp_path / file).write_text("import needed_by_it")  # as a library: not one at all
     monkeypatch.delitem(sys.modules, _extension.NAME, raising=False)
     monkeypatch.setattr(kk, "__path__", [str(tmp_path)])
+    # without an editable install's finder, which knows where the checkout's is
+    finders = [finder for finder in sys.meta_path if finder.__module__.startswith("_frozen")]
+    monkeypatch.setattr(sys, "meta_path", finders)
     _extension.load.cache_clear()
     try:
         reason = kk.backends()["cuda"].reason
