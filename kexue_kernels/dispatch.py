@@ -57,9 +57,9 @@ def check_name(backend: str) -> str:
 
 def resolve(backend: str) -> str:
     """`backend`, with "auto" replaced by the default of the enclosing `use_backend`."""
-    if check_name(backend) == "auto" and not torch.compiler.is_compiling():
-        return _default.get()
-    return backend
+    if not isinstance(backend, str) or backend != "auto":
+        return check_name(backend)
+    return backend if torch.compiler.is_compiling() else _default.get()
 
 
 def default() -> str:
